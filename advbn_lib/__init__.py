@@ -1,0 +1,19 @@
+"""AdvBN and its relatives: adversarial training on feature statistics, as a small library.
+
+>>> from advbn_lib import AdvBN
+>>> method = AdvBN(model, layer="layer1")        # doctest: +SKIP
+>>> losses = method(images, labels)              # doctest: +SKIP
+>>> losses.total.backward()                      # doctest: +SKIP
+"""
+
+from advbn_lib.ascent import Steps, ascend
+from advbn_lib.dual_bn import DualBatchNorm, add_second_batch_norm, single_branch, use_branch
+from advbn_lib.methods import AdvBN, CleanFineTuning, Losses, PlainTraining, RandomStatistics
+from advbn_lib.perturbations import ChannelStatistics
+from advbn_lib.splitting import SplitError, split_at
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdvBN", "ChannelStatistics", "CleanFineTuning", "DualBatchNorm", "Losses", "PlainTraining", "RandomStatistics", "SplitError", "Steps",
+    "add_second_batch_norm", "ascend", "single_branch", "split_at", "use_branch",
+]  # fmt: skip

@@ -1,0 +1,116 @@
+"""The command line: ``python -m advbn_lib list | run | show | report``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from advbn_lib import records
+from advbn_lib.checkpoints import CheckpointError
+from advbn_lib.data.images import DataError
+from advbn_lib.experiments import EXPERIMENTS, PRESETS
+from advbn_lib.running import is_current, prepare, run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0 if all went well, 1 after an error that the user can mend, which is printed."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (ValueError, DataError, CheckpointError, FloatingPointError, OSError) as error:
+        print(f"advbn_lib: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("advbn_lib: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m advbn_lib", description="Run the book's experiments and look at their records.")
+    parser.add_argument("--records", type=Path, help="folder of the records (default: the checkout's, or the installed copy)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    listing = commands.add_parser("list", help="experiments, presets, and which records there are")
+    listing.set_defaults(command=_list)
+
+    running = commands.add_parser("run", help="run an experiment and write its record; resumes a run that was killed")
+    running.add_argument("experiment", help=f"one of {', '.join(EXPERIMENTS)}")
+    running.add_argument("--preset", default="smoke", help=f"its size: {', '.join(PRESETS)} (default: smoke)")
+    running.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more (default: 0)")
+    running.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    running.add_argument("--threads", type=int, help="CPU threads; results are the same bit for bit only with the same number")
+    running.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints (default: runs)")
+    running.add_argument("--again", action="store_true", help="run also if there is a current record")
+    running.add_argument("--quiet", action="store_true", help="no progress bars")
+    running.set_defaults(command=_run)
+
+    showing = commands.add_parser("show", help="a record in full")
+    showing.add_argument("experiment")
+    showing.add_argument("--preset", default="smoke")
+    showing.add_argument("--seed", type=int, default=0)
+    showing.set_defaults(command=_show)
+
+    report = commands.add_parser("report", help="results over seeds, with 95 %% intervals")
+    report.add_argument("--preset", default="cpu")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _list(options: argparse.Namespace) -> None:
+    for name, experiment in EXPERIMENTS.items():
+        print(f"{name}: {experiment.about}")
+        for preset in PRESETS:
+            found = records.load(name, preset, options.records)
+            old = [r.seed for r in found if not is_current(prepare(name, preset, r.seed, "cpu"), r)]
+            if found:
+                print(f"    {preset}: seeds {', '.join(str(r.seed) for r in found)}" + (f" (older code or configuration: {old})" if old else ""))
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.threads is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    for seed in options.seed:
+        job = prepare(
+            options.experiment, options.preset, seed, options.device,
+            records_folder=options.records, runs_folder=options.runs, show_progress=not options.quiet,
+        )  # fmt: skip
+        record = run(job, options.again)
+        print(records.path_of(record.experiment, record.preset, record.seed, options.records))
+        print(_rows([record]))
+
+
+def _show(options: argparse.Namespace) -> None:
+    path = records.path_of(options.experiment, options.preset, options.seed, options.records)
+    record = records.read(path)
+    print(json.dumps(vars(record), indent=1))
+    print(
+        f"To recompute: python -m advbn_lib run {record.experiment} --preset {record.preset} --seed {record.seed} "
+        f"--device {record.hardware['device']} --threads {record.hardware['threads']} --again"
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    for name in EXPERIMENTS:
+        found = records.load(name, options.preset, options.records)
+        if found:
+            print(f"{name} ({options.preset}, n = {len(found)} seeds)\n{_rows(found)}")
+
+
+def _rows(found: list[records.Record]) -> str:
+    """Accuracy in percent, a row for each branch and shift."""
+    rows = []
+    for branch, table in found[0].metrics.get("accuracy", {}).items():
+        for shift in table:
+            value = records.aggregate(found, f"accuracy/{branch}/{shift}")
+            interval = f"   95 % interval {100 * value.low:5.1f} to {100 * value.high:5.1f}" if value.n > 1 else ""
+            rows.append(f"    {branch:12s} {shift:18s} {100 * value.mean:5.1f} %{interval}")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""What the methods share: train the layers above a cut, on clean features and maybe on perturbed ones."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advbn_lib.dual_bn import Branch, add_second_batch_norm, use_branch
+from advbn_lib.modes import evaluating
+from advbn_lib.perturbations import ChannelStatistics
+from advbn_lib.splitting import split_at
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean cross-entropies of a batch, as scalars; ``adversarial`` is None for a method without that branch."""
+
+    total: Tensor
+    clean: Tensor
+    adversarial: Tensor | None = None
+
+
+class Method(nn.Module):
+    """A classifier and a way to train it: ``method(images, labels)`` gives :class:`Losses`.
+
+    The training loop needs no more than this: ``forward``, ``trainable_parameters``, and for evaluation ``predict``.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What the optimiser updates."""
+        return list(self.model.parameters())
+
+    def predict(self, images: Tensor, branch: Branch = "clean") -> Tensor:
+        """Logits (N,K) through one BatchNorm set, in whatever mode the model is."""
+        with use_branch(self.model, branch):
+            return self.model(images)
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches of the model that differ."""
+        return ("clean",)
+
+
+class AboveTheCut(Method):
+    """Trains the layers above ``layer`` only. The ones below are frozen: no gradient, and always in eval mode."""
+
+    def __init__(self, model: nn.Module, layer: str, example: Tensor | None = None):
+        super().__init__(model)
+        self.split = split_at(model, layer, example)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Output (N,C,H,W) of the frozen layers."""
+        with evaluating(self.model):
+            return self.split.features(images)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return self.split.tail_parameters()
+
+
+class PerturbedStatistics(AboveTheCut):
+    """Training on clean features and on features with other channel statistics; a subclass says which statistics.
+
+    Args:
+        model: a classifier. Its BatchNorms above ``layer`` are replaced, in place, by
+            :class:`~advbn_lib.dual_bn.DualBatchNorm` (unless ``dual_bn`` is False); ``model`` alone then uses the clean ones.
+        layer: whose output is perturbed.
+        eps: how far the factors on mean and standard deviation may go from 1.
+        dual_bn: a second BatchNorm set for the perturbed features.
+        clamp_at_zero: cut perturbed features at 0; None: if the layer's output is never negative.
+        per_image: statistics and factors per image, not per batch.
+        example: a batch of images, for models that do not accept 64x64 (see :func:`~advbn_lib.splitting.split_at`).
+
+    Raises:
+        SplitError, ValueError: see :func:`~advbn_lib.splitting.split_at`, :class:`~advbn_lib.perturbations.ChannelStatistics`.
+    """
+
+    def __init__(
+        self, model: nn.Module, layer: str = "layer1", eps: float = 1.1, *, dual_bn: bool = True,
+        clamp_at_zero: bool | None = None, per_image: bool = False, example: Tensor | None = None,
+    ):  # fmt: skip
+        perturbation = ChannelStatistics(eps, True, per_image)  # a bad eps is refused before the model is touched
+        super().__init__(model, layer, example)
+        clamp = self.split.nonnegative if clamp_at_zero is None else clamp_at_zero
+        self.perturbation = ChannelStatistics(perturbation.eps, clamp, per_image)
+        self.dual_bn = dual_bn and add_second_batch_norm(model, self.split.tail_modules) > 0
+        if dual_bn and not self.dual_bn:
+            _warn(f"{type(model).__name__} has no BatchNorm above {layer!r}: dual BN does not apply, both branches share every layer")
+        if self.split.batch_norm_first and not per_image:
+            _warn(f"the first thing above {layer!r} is a BatchNorm: in train mode it undoes a change of batch statistics; cut elsewhere")
+
+    def perturb(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Features (N,C,H,W) with other channel statistics; same shape, no gradient."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it perturbs")
+
+    def forward(self, images: Tensor, labels: Tensor) -> Losses:
+        features = self.features(images)
+        perturbed = self.perturb(features, labels)
+        with use_branch(self.model, "adversarial"):
+            adversarial = F.cross_entropy(self.split.tail(perturbed), labels)
+        with use_branch(self.model, "clean"):
+            clean = F.cross_entropy(self.split.tail(features), labels)
+        return Losses(clean + adversarial, clean, adversarial)
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return ("clean", "adversarial") if self.dual_bn else ("clean",)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
