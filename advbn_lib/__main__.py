@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from advbn_lib import records
+from advbn_lib.benchmarks import BENCHMARKS, run_benchmark
 from advbn_lib.checkpoints import CheckpointError
 from advbn_lib.data.images import DataError
 from advbn_lib.experiments import EXPERIMENTS, PRESETS
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(command=_list)
 
     running = commands.add_parser("run", help="run an experiment and write its record; resumes a run that was killed")
-    running.add_argument("experiment", help=f"one of {', '.join(EXPERIMENTS)}")
+    running.add_argument("experiment", help=f"one of {', '.join([*EXPERIMENTS, *BENCHMARKS])}")
     running.add_argument("--preset", default="smoke", help=f"its size: {', '.join(PRESETS)} (default: smoke)")
     running.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more (default: 0)")
     running.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
@@ -64,9 +65,12 @@ def _list(options: argparse.Namespace) -> None:
         print(f"{name}: {experiment.about}")
         for preset in PRESETS:
             found = records.load(name, preset, options.records)
-            old = [r.seed for r in found if not is_current(prepare(name, preset, r.seed, "cpu"), r)]
             if found:
-                print(f"    {preset}: seeds {', '.join(str(r.seed) for r in found)}" + (f" (older code or configuration: {old})" if old else ""))
+                old = [str(r.seed) for r in found if not is_current(prepare(name, preset, r.seed, "cpu"), r)]
+                remark = f"   (seeds {', '.join(old)}: by older code or configuration)" if old else ""
+                print(f"    {preset}: seeds {', '.join(str(r.seed) for r in found)}{remark}")
+    for name, measure in BENCHMARKS.items():
+        print(f"{name}: {(measure.__doc__ or '').splitlines()[0]}")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -75,13 +79,21 @@ def _run(options: argparse.Namespace) -> None:
 
         torch.set_num_threads(options.threads)
     for seed in options.seed:
-        job = prepare(
-            options.experiment, options.preset, seed, options.device,
-            records_folder=options.records, runs_folder=options.runs, show_progress=not options.quiet,
-        )  # fmt: skip
-        record = run(job, options.again)
+        record = _benchmark(options, seed) if options.experiment in BENCHMARKS else _experiment(options, seed)
         print(records.path_of(record.experiment, record.preset, record.seed, options.records))
         print(_rows([record]))
+
+
+def _benchmark(options: argparse.Namespace, seed: int) -> records.Record:
+    return run_benchmark(options.experiment, options.preset, seed, options.records)
+
+
+def _experiment(options: argparse.Namespace, seed: int) -> records.Record:
+    job = prepare(
+        options.experiment, options.preset, seed, options.device,
+        records_folder=options.records, runs_folder=options.runs, show_progress=not options.quiet,
+    )  # fmt: skip
+    return run(job, options.again)
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -95,21 +107,25 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    for name in EXPERIMENTS:
+    for name in [*EXPERIMENTS, *BENCHMARKS]:
         found = records.load(name, options.preset, options.records)
         if found:
             print(f"{name} ({options.preset}, n = {len(found)} seeds)\n{_rows(found)}")
 
 
 def _rows(found: list[records.Record]) -> str:
-    """Accuracy in percent, a row for each branch and shift."""
+    """A row for each number: accuracies in percent, benchmarks as they are."""
     rows = []
     for branch, table in found[0].metrics.get("accuracy", {}).items():
-        for shift in table:
-            value = records.aggregate(found, f"accuracy/{branch}/{shift}")
-            interval = f"   95 % interval {100 * value.low:5.1f} to {100 * value.high:5.1f}" if value.n > 1 else ""
-            rows.append(f"    {branch:12s} {shift:18s} {100 * value.mean:5.1f} %{interval}")
+        rows += [_row(f"{branch:12s} {shift:18s}", records.aggregate(found, f"accuracy/{branch}/{shift}"), 100, " %") for shift in table]
+    for name in found[0].metrics.get(found[0].experiment, {}):
+        rows.append(_row(f"{name:31s}", records.aggregate(found, f"{found[0].experiment}/{name}"), 1, ""))
     return "\n".join(rows)
+
+
+def _row(label: str, value: records.Estimate, scale: float, unit: str) -> str:
+    interval = f"   95 % interval {scale * value.low:.1f} to {scale * value.high:.1f}" if value.n > 1 else ""
+    return f"    {label} {scale * value.mean:8.1f}{unit}{interval}"
 
 
 if __name__ == "__main__":

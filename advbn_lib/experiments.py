@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import nn
 
 from advbn_lib.methods.advbn import AdvBN
@@ -121,8 +122,8 @@ PRESETS = {
     ),
     "gpu": Preset(
         "cifar10", "resnet18", "pretrain",
-        pretraining=Schedule(epochs=40, batch_size=128, lr=0.1, milestones=(20, 32), warmup=1, weight_decay=5e-4),
-        fine_tuning=Schedule(epochs=8, batch_size=128, lr=0.01, milestones=(4,)),
+        pretraining=Schedule(epochs=20, batch_size=128, lr=0.1, milestones=(12, 17), warmup=1, weight_decay=5e-4),
+        fine_tuning=Schedule(epochs=4, batch_size=128, lr=0.01, milestones=(2,)),
         shifts=SHIFTS,
     ),
 }  # fmt: skip
@@ -153,3 +154,16 @@ def find(experiment: str, preset: str) -> tuple[Experiment, Preset]:
     if EXPERIMENTS[experiment].stage == "pretraining" and PRESETS[preset].pretraining is None:
         raise ValueError(f"preset {preset!r} starts from published weights: there is nothing to pretrain")
     return EXPERIMENTS[experiment], PRESETS[preset]
+
+
+def choose_preset(preset: str = "auto") -> str:
+    """``preset``, or for ``"auto"`` the one for this machine: ``"gpu"`` with a GPU, else ``"cpu"``.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if preset == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    if preset not in PRESETS:
+        raise ValueError(f"no preset {preset!r}; there are auto, {', '.join(PRESETS)}")
+    return preset

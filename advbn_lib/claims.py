@@ -1,0 +1,75 @@
+"""The claims ledger: verdicts computed from records by criteria that were fixed before the runs (``book/claims.yml``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from advbn_lib import records
+from advbn_lib.records import Estimate, RecordError
+
+Verdict = Literal["holds at this scale", "does not hold at this scale", "undecided at this scale", "not run"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: a metric of an experiment."""
+
+    experiment: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, and the comparison that decides: ``first`` minus ``second``, paired by seed, must exceed ``above``."""
+
+    id: str
+    paper: str
+    says: str
+    first: Side
+    second: Side
+    above: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim at a preset; ``effect`` is None if it was not run."""
+
+    claim: Claim
+    preset: str
+    verdict: Verdict
+    effect: Estimate | None
+
+
+def read_claims(path: Path) -> list[Claim]:
+    """The claims in a ledger file.
+
+    Raises:
+        RecordError: an entry lacks a field, or an id stands twice.
+    """
+    import yaml
+
+    rows = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        claims = [Claim(**{**row, "first": Side(**row["first"]), "second": Side(**row["second"])}) for row in rows]
+    except (TypeError, KeyError) as error:
+        raise RecordError(f"{path}: an entry is not a claim: {error}") from error
+    if len({claim.id for claim in claims}) < len(claims):
+        raise RecordError(f"{path}: an id stands twice")
+    return claims
+
+
+def decide(claim: Claim, preset: str, folder: Path | None = None) -> Finding:
+    """The verdict: holds if the whole 95 % interval is above the criterion, does not if it is wholly below, else undecided."""
+    first, second = (records.load(side.experiment, preset, folder) for side in (claim.first, claim.second))
+    if not first or not second:
+        return Finding(claim, preset, "not run", None)
+    effect = records.difference(first, second, claim.first.metric, claim.second.metric)
+    if effect.low > claim.above:
+        verdict: Verdict = "holds at this scale"
+    elif effect.high < claim.above:
+        verdict = "does not hold at this scale"
+    else:  # also for one seed, whose interval is NaN
+        verdict = "undecided at this scale"
+    return Finding(claim, preset, verdict, effect)
