@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from advbn_lib import records
 from advbn_lib.benchmarks import BENCHMARKS, run_benchmark
 from advbn_lib.checkpoints import CheckpointError
@@ -30,8 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m advbn_lib", description="Run the book's experiments and look at their records.")
-    parser.add_argument("--records", type=Path, help="folder of the records (default: the checkout's, or the installed copy)")
+    parser = argparse.ArgumentParser(
+        prog="python -m advbn_lib", description="Run the book's experiments and look at their records."
+    )
+    parser.add_argument(
+        "--records", type=Path, help="folder of the records (default: the checkout's, or the installed copy)"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     listing = commands.add_parser("list", help="experiments, presets, and which records there are")
@@ -42,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--preset", default="smoke", help=f"its size: {', '.join(PRESETS)} (default: smoke)")
     running.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more (default: 0)")
     running.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
-    running.add_argument("--threads", type=int, help="CPU threads; results are the same bit for bit only with the same number")
+    running.add_argument(
+        "--threads", type=int, help="CPU threads; results are the same bit for bit only with the same number"
+    )
     running.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints (default: runs)")
     running.add_argument("--again", action="store_true", help="run also if there is a current record")
     running.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -55,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     showing.set_defaults(command=_show)
 
     report = commands.add_parser("report", help="results over seeds, with 95 %% intervals")
-    report.add_argument("--preset", default="cpu")
+    report.add_argument("--preset", default="cpu", choices=list(PRESETS))
     report.set_defaults(command=_report)
     return parser
 
@@ -75,8 +83,8 @@ def _list(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     if options.threads is not None:
-        import torch
-
+        if options.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     for seed in options.seed:
         record = _benchmark(options, seed) if options.experiment in BENCHMARKS else _experiment(options, seed)
@@ -117,7 +125,10 @@ def _rows(found: list[records.Record]) -> str:
     """A row for each number: accuracies in percent, benchmarks as they are."""
     rows = []
     for branch, table in found[0].metrics.get("accuracy", {}).items():
-        rows += [_row(f"{branch:12s} {shift:18s}", records.aggregate(found, f"accuracy/{branch}/{shift}"), 100, " %") for shift in table]
+        rows += [
+            _row(f"{branch:12s} {shift:18s}", records.aggregate(found, f"accuracy/{branch}/{shift}"), 100, " %")
+            for shift in table
+        ]
     for name in found[0].metrics.get(found[0].experiment, {}):
         rows.append(_row(f"{name:31s}", records.aggregate(found, f"{found[0].experiment}/{name}"), 1, ""))
     return "\n".join(rows)

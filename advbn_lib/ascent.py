@@ -36,11 +36,15 @@ class Steps:
 
     def __post_init__(self):
         if self.count < 1:
-            raise ValueError(f"the ascent needs at least 1 step, got {self.count}; for no ascent train without the adversary")
+            raise ValueError(
+                f"the ascent needs at least 1 step, got {self.count}; for no ascent train without the adversary"
+            )
         if not self.size > 0:
             raise ValueError(f"the step size must be above 0, got {self.size}")
         if self.direction not in ("sign", "l2") or self.keep not in ("last", "best"):
-            raise ValueError(f"direction is 'sign' or 'l2' and keep 'last' or 'best', got {self.direction!r} and {self.keep!r}")
+            raise ValueError(
+                f"direction is 'sign' or 'l2' and keep 'last' or 'best', got {self.direction!r} and {self.keep!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,13 @@ class Ascended:
     losses: Tensor
 
 
-def ascend(objective: Callable[[Tensor], Tensor], x: Tensor, perturbation: Perturbation, steps: Steps = Steps(), generator: torch.Generator | None = None) -> Ascended:
+def ascend(
+    objective: Callable[[Tensor], Tensor],
+    x: Tensor,
+    perturbation: Perturbation,
+    steps: Steps = Steps(),
+    generator: torch.Generator | None = None,
+) -> Ascended:
     """Find a perturbation in the set that makes ``objective`` large.
 
     Args:
@@ -87,11 +97,14 @@ def _step(delta: Delta, gradient: Delta, steps: Steps) -> Delta:
         return tuple(part.detach() + steps.size * grad.sign() for part, grad in zip(delta, gradient))
     norms = [grad.flatten(1).norm(dim=1).clamp_min(1e-12) for grad in gradient]
     return tuple(
-        part.detach() + steps.size * grad / norm.view(-1, *[1] * (grad.dim() - 1)) for part, grad, norm in zip(delta, gradient, norms)
+        part.detach() + steps.size * grad / norm.view(-1, *[1] * (grad.dim() - 1))
+        for part, grad, norm in zip(delta, gradient, norms)
     )
 
 
-def _better(perturbation: Perturbation, best: Delta, best_loss: Tensor | None, delta: Delta, losses: Tensor) -> tuple[Delta, Tensor]:
+def _better(
+    perturbation: Perturbation, best: Delta, best_loss: Tensor | None, delta: Delta, losses: Tensor
+) -> tuple[Delta, Tensor]:
     """Keep the larger loss: of each sample where the set has one delta per sample, else of the batch."""
     score = losses if perturbation.per_sample else losses.mean()
     if best_loss is None:

@@ -18,6 +18,7 @@ from advbn_lib.data.images import ImageSet
 from advbn_lib.data.loader import DeviceLoader
 from advbn_lib.data.sets import load_images
 from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, versions
+from advbn_lib.running import check_seed
 
 DATA = {"smoke": "digits", "cpu": "cifar10"}
 BATCH, IMAGES, ROUNDS = 128, 10_000, 5
@@ -39,7 +40,11 @@ def loader_speed(preset: str, seed: int) -> dict[str, float]:
             speeds[str(workers)].append(_images_per_second(loader))
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     torch_best = max(value for name, value in medians.items() if name != "own")
-    return {"images_per_second": medians["own"], "torch_images_per_second": torch_best, "ratio": medians["own"] / torch_best}
+    return {
+        "images_per_second": medians["own"],
+        "torch_images_per_second": torch_best,
+        "ratio": medians["own"] / torch_best,
+    }
 
 
 def torch_loader(train_set: ImageSet, seed: int, workers: int) -> torch.utils.data.DataLoader:
@@ -60,7 +65,9 @@ def torch_loader(train_set: ImageSet, seed: int, workers: int) -> torch.utils.da
             return change(to_pil_image(train_set.images[index])), train_set.labels[index]
 
     generator = torch.Generator().manual_seed(seed)
-    return torch.utils.data.DataLoader(Images(), BATCH, shuffle=True, drop_last=True, num_workers=workers, generator=generator)
+    return torch.utils.data.DataLoader(
+        Images(), BATCH, shuffle=True, drop_last=True, num_workers=workers, generator=generator
+    )
 
 
 BENCHMARKS: dict[str, Callable[[str, int], dict[str, float]]] = {"loader_speed": loader_speed}
@@ -73,10 +80,20 @@ def run_benchmark(name: str, preset: str, seed: int, folder: Path | None = None)
         ValueError: no such benchmark, or not at this preset.
     """
     if name not in BENCHMARKS or preset not in DATA:
-        raise ValueError(f"benchmarks are {', '.join(BENCHMARKS)}, at presets {', '.join(DATA)}; got {name!r} at {preset!r}")
+        raise ValueError(
+            f"benchmarks are {', '.join(BENCHMARKS)}, at presets {', '.join(DATA)}; got {name!r} at {preset!r}"
+        )
+    check_seed(seed)
     device, started = torch.device("cpu"), time.perf_counter()
     measured = BENCHMARKS[name](preset, seed)
-    config = {"benchmark": name, "data": DATA[preset], "batch_size": BATCH, "images": IMAGES, "rounds": ROUNDS, "seed": seed}
+    config = {
+        "benchmark": name,
+        "data": DATA[preset],
+        "batch_size": BATCH,
+        "images": IMAGES,
+        "rounds": ROUNDS,
+        "seed": seed,
+    }
     code = code_hash(["advbn_lib.benchmarks"])
     record = records.Record(
         experiment=name, preset=preset, seed=seed, key=hashlib.sha256(json.dumps([config, code]).encode()).hexdigest(), config=config,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import io
 import zipfile
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,8 +31,11 @@ def save_checkpoint(path: Path, parts: dict[str, Stateful], progress: dict[str, 
     """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     states = {name: part.state_dict() for name, part in parts.items()}
+    state = {"key": key, "progress": progress, "parts": states, "cpu_rng": torch.get_rng_state(), "cuda_rng": cuda}
+    buffer = io.BytesIO()  # torch.save would report a full disk as an internal error
+    torch.save(state, buffer)
     with atomic_write(path) as file:
-        torch.save({"key": key, "progress": progress, "parts": states, "cpu_rng": torch.get_rng_state(), "cuda_rng": cuda}, file)
+        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path, parts: dict[str, Stateful], key: str) -> dict[str, Any]:
@@ -43,7 +46,9 @@ def load_checkpoint(path: Path, parts: dict[str, Stateful], key: str) -> dict[st
     """
     state = read_checkpoint(path)
     if state.get("key") != key:
-        raise CheckpointError(f"{path} belongs to another run (another configuration, code or data): move it away to start anew")
+        raise CheckpointError(
+            f"{path} belongs to another run (another configuration, code or data): move it away to start anew"
+        )
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
     torch.set_rng_state(state["cpu_rng"])
@@ -58,12 +63,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no checkpoint {path}") from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, ValueError) as error:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): remove it to start anew") from error
+    if damaged:
+        raise CheckpointError(f"{path} is damaged (in {damaged}): remove it to start anew")
+    state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint: remove it to start anew")
     return state

@@ -28,13 +28,17 @@ def accuracy(method: Method, test: ImageSet, shift: Shift) -> dict[str, float]:
     right = dict.fromkeys(method.branches, torch.zeros((), dtype=torch.int64, device=device))
     with evaluating(method):
         for images, labels in zip(test.images.split(CHUNK), test.labels.split(CHUNK)):
-            shifted = test.normalise(shift(images.float() / 255, generator)).contiguous(memory_format=torch.channels_last)
+            shifted = test.normalise(shift(images.float() / 255, generator)).contiguous(
+                memory_format=torch.channels_last
+            )
             for branch in method.branches:
                 right[branch] = right[branch] + (method.predict(shifted, branch).argmax(1) == labels).sum()
     return {branch: count.item() / len(test) for branch, count in right.items()}
 
 
-def accuracies(method: Method, test: ImageSet, shifts: Iterable[Shift], show_progress: bool = True) -> dict[str, dict[str, float]]:
+def accuracies(
+    method: Method, test: ImageSet, shifts: Iterable[Shift], show_progress: bool = True
+) -> dict[str, dict[str, float]]:
     """:func:`accuracy` for several shifts: ``{branch: {shift: share}}``."""
     shifts = list(shifts)
     table: dict[str, dict[str, float]] = {branch: {} for branch in method.branches}

@@ -103,7 +103,11 @@ class Experiment:
 
 SHIFTS = (
     "clean",
-    *(f"{name}-{severity}" for name in ("gaussian_noise", "brightness", "contrast", "defocus_blur") for severity in (1, 3, 5)),
+    *(
+        f"{name}-{severity}"
+        for name in ("gaussian_noise", "brightness", "contrast", "defocus_blur")
+        for severity in (1, 3, 5)
+    ),
     "grey",
 )
 
@@ -131,12 +135,18 @@ PRESETS = {
 EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (
-        Experiment("pretrain", "a plain network to start from (presets without published weights)", Plain(), "pretraining"),
+        Experiment(
+            "pretrain", "a plain network to start from (presets without published weights)", Plain(), "pretraining"
+        ),
         Experiment("untouched", "the starting point itself, only tested", Plain(), "none"),
         Experiment("clean_finetuning", "control: the same layers, trained as long, on clean features", Clean()),
         Experiment("random_statistics", "control: random statistics of the same size, no ascent", Random()),
         Experiment("advbn", "AdvBN with the paper's eps, step size and steps", Adversarial()),
-        Experiment("advbn_shared_bn", "control: AdvBN with one BatchNorm set for both kinds of features", Adversarial(dual_bn=False)),
+        Experiment(
+            "advbn_shared_bn",
+            "control: AdvBN with one BatchNorm set for both kinds of features",
+            Adversarial(dual_bn=False),
+        ),
     )
 }
 

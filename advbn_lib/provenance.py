@@ -51,7 +51,15 @@ def git_state() -> dict[str, Any]:
 def hardware(device: torch.device) -> dict[str, Any]:
     """The machine, as far as it matters for time and rounding."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"device": device.type, "gpu": gpu, "cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(), "machine": platform.machine()}
+    return {
+        "device": device.type,
+        "gpu": gpu,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -100,7 +108,10 @@ def _bare(source: str) -> str:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             docstring = node.body[0]
             for row in range(docstring.lineno, docstring.end_lineno + 1):
                 lines[row - 1] = ""
@@ -108,10 +119,16 @@ def _bare(source: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=PACKAGE.parent, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=PACKAGE.parent, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def _cpu_name() -> str:
     listing = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in listing.read_text().splitlines() if line.startswith("model name")] if listing.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in listing.read_text().splitlines() if line.startswith("model name")]
+        if listing.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()

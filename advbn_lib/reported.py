@@ -14,6 +14,7 @@ class Reported:
         what: what it measures.
         setting: at which scale.
         source: where it was read.
+        how_known: how sure we are of it.
     """
 
     value: float
@@ -21,16 +22,22 @@ class Reported:
     what: str
     setting: str
     source: str
+    how_known: str
 
 
 _README = "README of the official code, github.com/azshue/AdvBN"
 _RESNET50 = "ResNet-50 on ImageNet"
 
 REPORTED = {
-    f"advbn/{metric}/{method}": Reported(value, unit, what, _RESNET50, _README)
+    f"advbn/{metric}/{method}": Reported(value, unit, what, _RESNET50, _README, "read there; not measured by us")
     for metric, unit, what, values in (
         ("imagenet", "%", "ImageNet top-1 accuracy", {"standard": 76.1, "advbn": 77.0}),
-        ("imagenet_c_mce", "mCE", "ImageNet-C mean corruption error (lower is better)", {"standard": 76.7, "advbn": 72.7}),
+        (
+            "imagenet_c_mce",
+            "mCE",
+            "ImageNet-C mean corruption error (lower is better)",
+            {"standard": 76.7, "advbn": 72.7},
+        ),
         ("instagram", "%", "ImageNet-Instagram accuracy", {"standard": 67.2, "advbn": 69.5}),
         ("sketch", "%", "ImageNet-Sketch accuracy", {"standard": 24.1, "advbn": 27.9}),
         ("stylized", "%", "Stylized-ImageNet accuracy", {"standard": 7.4, "advbn": 11.9}),

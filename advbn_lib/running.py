@@ -24,10 +24,12 @@ from advbn_lib.experiments import Experiment, Preset, find
 from advbn_lib.methods.base import Method
 from advbn_lib.models.cifar_resnet import CifarResNet, load_published_weights, resnet18_for_cifar
 from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, state_checksum, versions
-from advbn_lib.training import History, train
+from advbn_lib.training import History, precision_on, train
 from advbn_lib.weights import published_weights
 
-USED_BY_EVERY_RUN = tuple(f"advbn_lib.{name}" for name in ("training", "evaluation", "models.cifar_resnet", "data.sets", "weights"))
+USED_BY_EVERY_RUN = tuple(
+    f"advbn_lib.{name}" for name in ("training", "evaluation", "models.cifar_resnet", "data.sets", "weights")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,12 @@ class Run:
     def config(self) -> dict[str, Any]:
         """All that was chosen, as JSON."""
         method = {"kind": self.experiment.method.trains.__name__, **dataclasses.asdict(self.experiment.method)}
-        config = {"method": method, "stage": self.experiment.stage, "seed": self.seed, **dataclasses.asdict(self.preset)}
+        config = {
+            "method": method,
+            "stage": self.experiment.stage,
+            "seed": self.seed,
+            **dataclasses.asdict(self.preset),
+        }
         return json.loads(json.dumps(config))  # tuples become lists, as when read from a file
 
     @property
@@ -66,23 +73,25 @@ class Run:
         return code_hash([*USED_BY_EVERY_RUN, self.experiment.method.trains.__module__])
 
 
-def prepare(experiment: str, preset: str, seed: int = 0, device: str | None = None, **folders) -> Run:
+def prepare(
+    experiment: str, preset: str, seed: int = 0, device: str | None = None, *,
+    records_folder: Path | None = None, runs_folder: Path = Path("runs"), show_progress: bool = True,
+) -> Run:  # fmt: skip
     """A :class:`Run` by names; on the GPU if there is one and ``device`` is None.
 
     Raises:
-        ValueError: unknown experiment or preset, or a negative seed.
+        ValueError: unknown experiment or preset, a seed or a device that cannot be used.
     """
-    if seed < 0:
-        raise ValueError(f"the seed must not be negative, got {seed}")
+    check_seed(seed)
     found, size = find(experiment, preset)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Run(found, preset, size, seed, torch.device(chosen), **folders)
+    return Run(found, preset, size, seed, choose_device(device), records_folder, runs_folder, show_progress)
 
 
 def run(job: Run, again: bool = False) -> records.Record:
     """Do the run, from its checkpoint on if there is one, and write its record.
 
-    If a record with the same key is there already, it is returned and nothing is run, unless ``again`` is True.
+    If a record with the same key is there already, it is returned and nothing is run, unless ``again`` is True. The
+    checkpoint is removed when the record is written; the final weights stay, in ``final.pt``.
     """
     started = time.perf_counter()
     train_set, test_set = (load_images(job.preset.data, split) for split in ("train", "test"))
@@ -95,24 +104,72 @@ def run(job: Run, again: bool = False) -> records.Record:
         return old
     torch.manual_seed(job.seed)
     method = job.experiment.method.build(network.to(job.device, memory_format=torch.channels_last)).to(job.device)
-    history = _train(job, method, train_set, key, again)
+    checkpoint = job.folder / f"training-{key[:12]}.pt"  # by its key: one of an older configuration is not in the way
+    history = _train(job, method, train_set, checkpoint, key)
     trained = time.perf_counter()
     accuracy = accuracies(method, test_set.to(job.device), map(parse_shift, job.preset.shifts), job.show_progress)
-    finished = time.perf_counter()
+    tested = time.perf_counter()
     save_checkpoint(job.folder / "final.pt", {"model": method.model}, {}, key)
-    record = records.Record(
-        experiment=job.experiment.name, preset=job.preset_name, seed=job.seed, key=key, config=job.config,
-        metrics={"accuracy": accuracy, "mean": {branch: family_means(table) for branch, table in accuracy.items()}},
-        curves={"clean_loss": [clean for clean, _ in history.losses], "adversarial_loss": [adversarial for _, adversarial in history.losses]},
-        cost={
-            "train_seconds": round(history.seconds, 2), "test_seconds": round(finished - trained, 2),
-            "wall_seconds": round(finished - started, 2), "peak_memory_mib": peak_memory_mib(job.device),
-        },
-        hardware=hardware(job.device), versions=versions(), code={"hash": job.code, **git_state()},
-        data=data, weights=weights, created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )  # fmt: skip
+    cost = {
+        "train_seconds": round(history.seconds, 2),
+        "test_seconds": round(tested - trained, 2),
+        "wall_seconds": round(tested - started, 2),
+        "peak_memory_mib": peak_memory_mib(job.device),
+    }
+    record = _record(job, key, accuracy, history, cost, data, weights)
     records.write(record, job.records_folder)
+    checkpoint.unlink(missing_ok=True)
     return record
+
+
+def _record(
+    job: Run, key: str, accuracy: dict, history: History, cost: dict, data: dict, weights: dict
+) -> records.Record:
+    return records.Record(
+        experiment=job.experiment.name,
+        preset=job.preset_name,
+        seed=job.seed,
+        key=key,
+        config=job.config,
+        metrics={"accuracy": accuracy, "mean": {branch: family_means(table) for branch, table in accuracy.items()}},
+        curves={
+            "clean_loss": [clean for clean, _ in history.losses],
+            "adversarial_loss": [adversarial for _, adversarial in history.losses],
+        },
+        cost=cost,
+        hardware={**hardware(job.device), "precision": str(precision_on(job.device)).removeprefix("torch.")},
+        versions=versions(),
+        code={"hash": job.code, **git_state()},
+        data=data,
+        weights=weights,
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that torch's generators do not take.
+
+    Raises:
+        ValueError: it is not from 0 to 2**31 - 1.
+    """
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"a seed goes from 0 to {2**31 - 1}, got {seed}")
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device of this name; without one, the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if gpu else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"no device {name!r}: say cpu, cuda or cuda:NUMBER") from error
+    if device.type == "cuda" and (not gpu or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"no device {name!r}: torch sees {torch.cuda.device_count()} GPU(s) here")
+    return device
 
 
 def start_network(job: Run) -> tuple[nn.Module, dict[str, Any]]:
@@ -152,16 +209,14 @@ def _pretrained(job: Run) -> dict[str, torch.Tensor]:
     return read_checkpoint(final)["parts"]["model"]
 
 
-def _train(job: Run, method: Method, train_set: ImageSet, key: str, again: bool) -> History:
-    schedule = {"none": None, "pretraining": job.preset.pretraining, "fine_tuning": job.preset.fine_tuning}[job.experiment.stage]
+def _train(job: Run, method: Method, train_set: ImageSet, checkpoint: Path, key: str) -> History:
+    schedule = {"none": None, "pretraining": job.preset.pretraining, "fine_tuning": job.preset.fine_tuning}[
+        job.experiment.stage
+    ]
     if schedule is None:
         return History()
-    checkpoint = job.folder / f"training-{key[:12]}.pt"  # by its key: one of an older configuration is not in the way
-    if again:
-        checkpoint.unlink(missing_ok=True)
     loader = DeviceLoader(train_set, schedule.batch_size, job.seed, job.device, flip=job.preset.data != "digits")
-    history = train(method, loader, schedule, checkpoint, key, show_progress=job.show_progress)
-    return history
+    return train(method, loader, schedule, checkpoint, key, show_progress=job.show_progress)
 
 
 def _key(job: Run, data: dict[str, Any], weights: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from advbn_lib.dual_bn import DualBatchNorm
 from advbn_lib.modes import evaluating
 
-
+CANNOT_TRACE = (fx.proxy.TraceError, TypeError, RuntimeError, AttributeError, NotImplementedError)
 Half = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -94,7 +94,10 @@ def split_at(model: nn.Module, layer: str, example: Tensor | None = None) -> Spl
     with evaluating(model), torch.no_grad():
         features, writes = _verify(model, layer, *halves[False], probe)
     return Split(
-        model, layer, below, above,
+        model,
+        layer,
+        below,
+        above,
         nonnegative=bool((features >= 0).all()),
         batch_norm_first=_batch_norm_first(model, graphs[True][1]),
         _halves=halves,
@@ -114,9 +117,12 @@ class _Tracer(fx.Tracer):
         return isinstance(m, (_BatchNorm, DualBatchNorm)) or not any(True for _ in m.children())
 
     def call_module(self, m, forward, args, kwargs):
+        depth = len(self.module_stack)
         try:
             output = super().call_module(m, forward, args, kwargs)
-        except fx.proxy.TraceError:  # this module decides by its data: keep it whole, and do not look inside
+        except CANNOT_TRACE:  # this module decides by its data: keep it whole, and do not look inside
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem()
             output = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
         self.outputs.setdefault(self.path_of_module(m), []).append(output)
         return output
@@ -128,7 +134,7 @@ def _trace(model: nn.Module, training: bool) -> tuple[fx.Graph, dict[str, list]]
     try:
         model.train(training)
         return tracer.trace(model), tracer.outputs
-    except (fx.proxy.TraceError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+    except CANNOT_TRACE as error:
         raise SplitError(
             f"{type(model).__name__} cannot be traced ({error}). Its forward takes decisions that depend on the data; "
             "move such a part into a module of its own, which is then kept whole"
@@ -142,11 +148,15 @@ def _cut(traced: tuple[fx.Graph, dict[str, list]], layer: str) -> tuple[fx.Graph
     graph, outputs = traced
     results = outputs.get(layer, [])
     if len(results) != 1 or not isinstance(getattr(results[0], "node", None), fx.Node):
-        why = "does not run in the forward pass" if not results else f"runs {len(results)} times" if len(results) > 1 else "does not return one tensor"
+        why = {0: "does not run in the forward pass", 1: "does not return one tensor"}.get(
+            len(results), f"runs {len(results)} times"
+        )
         raise SplitError(f"cannot cut at {layer!r}: it {why}; choose a layer that runs once and returns one tensor")
     cut, logits = results[0].node, next(node for node in graph.nodes if node.op == "output").args[0]
     if not isinstance(logits, fx.Node) or (isinstance(logits.target, type) and issubclass(logits.target, tuple)):
-        raise SplitError("the model returns several tensors, not logits: build it without auxiliary outputs (aux_logits=False)")
+        raise SplitError(
+            "the model returns several tensors, not logits: build it without auxiliary outputs (aux_logits=False)"
+        )
     above = _needed(logits, stop=cut)
     if any(node.op == "placeholder" for node in above):
         raise SplitError(
@@ -185,8 +195,11 @@ def _as_function(model: nn.Module, graph: fx.Graph) -> Half:
 
 
 def _called_modules(model: nn.Module, graphs: tuple[fx.Graph, ...]) -> tuple[str, ...]:
+    """Names of the modules (with all that is inside them) and of the bare parameters that the graphs use."""
     called = {str(node.target) for graph in graphs for node in graph.nodes if node.op in ("call_module", "get_attr")}
-    return tuple(name for name in dict(model.named_modules()) | dict(model.named_parameters()) if name in called)
+    inside = tuple(f"{name}." for name in called)
+    modules = [name for name, _ in model.named_modules() if name in called or name.startswith(inside)]
+    return (*modules, *(name for name, _ in model.named_parameters() if name in called))
 
 
 def _parameters(model: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
@@ -200,7 +213,9 @@ def _probe(model: nn.Module, example: Tensor | None) -> Tensor:
         return example
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
-        raise SplitError(f"{type(model).__name__} has no convolution to take the input's channels from: pass example=, a batch of images")
+        raise SplitError(
+            f"{type(model).__name__} has no convolution to take the input's channels from: pass example=, a batch of images"
+        )
     declared = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = declared.get("input_size", (first.in_channels, 64, 64))
     generator = torch.Generator().manual_seed(0)
@@ -212,9 +227,14 @@ def _verify(model: nn.Module, layer: str, features_half: Half, tail_half: Half, 
     try:
         expected = model(probe)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise SplitError(f"the model does not accept a batch of shape {tuple(probe.shape)} ({error}): pass example=, a batch that it does") from error
+        raise SplitError(
+            f"the model does not accept a batch of shape {tuple(probe.shape)} ({error}): pass example=, a batch that it does"
+        ) from error
     features = features_half(model, probe)
     _check_features(features, layer)
+    square = probe.shape[-1] == probe.shape[-2]
+    if square and features.shape[1] == features.shape[2] != features.shape[3]:
+        raise SplitError(f"the output of {layer!r} is {tuple(features.shape)}: it looks like N,H,W,C, not N,C,H,W")
     before = features.clone()
     logits = tail_half(model, features)
     if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-5):

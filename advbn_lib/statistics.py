@@ -36,11 +36,15 @@ def std(x: Tensor, axes: tuple[int, ...] = BATCH, eps: float = 1e-5, unbiased: b
         ValueError: if there is one element only along ``axes``, whose unbiased variance is undefined.
     """
     if unbiased and _count(x, axes) < 2:
-        raise ValueError(f"the unbiased variance over axes {axes} of a {tuple(x.shape)} tensor is undefined: it has one element there")
+        raise ValueError(
+            f"the unbiased variance over axes {axes} of a {tuple(x.shape)} tensor is undefined: it has one element there"
+        )
     return (x.var(axes, keepdim=True, unbiased=unbiased) + eps).sqrt()
 
 
-def renormalise(x: Tensor, new_mean: Tensor, new_std: Tensor, axes: tuple[int, ...] = BATCH, eps: float = 1e-5) -> Tensor:
+def renormalise(
+    x: Tensor, new_mean: Tensor, new_std: Tensor, axes: tuple[int, ...] = BATCH, eps: float = 1e-5
+) -> Tensor:
     """Give ``x`` another mean and standard deviation: ``new_std * (x - mean) / std + new_mean``.
 
     Args:

@@ -43,7 +43,9 @@ class Schedule:
 
     def __post_init__(self):
         if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0:
-            raise ValueError(f"epochs and batch_size must be at least 1 and lr above 0, got {self.epochs}, {self.batch_size}, {self.lr}")
+            raise ValueError(
+                f"epochs and batch_size must be at least 1 and lr above 0, got {self.epochs}, {self.batch_size}, {self.lr}"
+            )
 
     def rate(self, epoch: float) -> float:
         """Learning rate at a point in time, in epochs from 0."""
@@ -117,13 +119,18 @@ def train(
         label = f"epoch {history.epoch + 1} of {schedule.epochs}"
         for images, labels in progress(batches, label, show_progress, initial=history.step, total=len(loader)):
             optimizer.param_groups[0]["lr"] = schedule.rate(history.epoch + history.step / len(loader))
-            with precision:
-                losses = method(images, labels)
+            try:
+                with precision:
+                    losses = method(images, labels)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {history.step} of epoch {history.epoch}: {error}") from error
             scaler.scale(losses.total).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            waiting.append(torch.stack([losses.clean, losses.clean if losses.adversarial is None else losses.adversarial]).detach())
+            waiting.append(
+                torch.stack([losses.clean, losses.clean if losses.adversarial is None else losses.adversarial]).detach()
+            )
             history.step += 1
             epoch_over = history.step == len(loader)
             if epoch_over or history.step % LOOK_EVERY == 0:
@@ -138,9 +145,14 @@ def train(
     return history
 
 
-def _mixed_precision(device: torch.device) -> tuple[AbstractContextManager, torch.amp.GradScaler]:
-    """bf16 where the GPU has it, else fp16 with a scaled loss (a T4); full precision on a CPU."""
+def precision_on(device: torch.device) -> torch.dtype:
+    """What the passes compute in: bfloat16 on a GPU that has it, float16 on an older one (a T4), float32 on a CPU."""
     if device.type != "cuda":
-        return nullcontext(), torch.amp.GradScaler("cpu", enabled=False)
-    bf16 = torch.cuda.get_device_capability(device)[0] >= 8
-    return torch.autocast("cuda", torch.bfloat16 if bf16 else torch.float16), torch.amp.GradScaler("cuda", enabled=not bf16)
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def _mixed_precision(device: torch.device) -> tuple[AbstractContextManager, torch.amp.GradScaler]:
+    dtype = precision_on(device)
+    cast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    return cast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16 gradients would underflow

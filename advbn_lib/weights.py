@@ -26,7 +26,9 @@ def published_weights(network: str, root: Path | None = None) -> Path:
         _download(f"{SOURCE}/{path.name}", path)
     start = path.stem.rpartition("-")[2]
     if not sha256(path).startswith(start):
-        raise DataError(f"{path} is damaged: its SHA-256 should begin with {start}; remove it to have it downloaded anew")
+        raise DataError(
+            f"{path} is damaged: its SHA-256 should begin with {start}; remove it to have it downloaded anew"
+        )
     return path
 
 
@@ -35,6 +37,10 @@ def _download(url: str, path: Path) -> None:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2])  # to a temporary file first; shows a bar
+        download_url_to_file(
+            url, str(path), hash_prefix=path.stem.rpartition("-")[2]
+        )  # to a temporary file first; shows a bar
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{path} is missing and could not be downloaded from {url} ({error}): put the file there by hand") from error
+        raise DataError(
+            f"{path} is missing and could not be downloaded from {url} ({error}): put the file there by hand"
+        ) from error

@@ -32,7 +32,7 @@ def load_cifar10(split: Literal["train", "test"], root: Path | None = None, down
     """50,000 training or 10,000 test images, 32x32, in the original order.
 
     Args:
-        root: folder that holds ``cifar10`` or ``cifar-10-batches-py``; default: see :func:`advbn_lib.data.images.data_root`.
+        root: folder that holds ``cifar10`` (packed) or ``cifar-10-batches-py``; default: see :func:`advbn_lib.data.images.data_root`.
         download: fetch torchvision's form (170 MB, checked, with a progress bar) if neither is there.
 
     Raises:
@@ -41,8 +41,12 @@ def load_cifar10(split: Literal["train", "test"], root: Path | None = None, down
     if split not in BATCHES:
         raise ValueError(f"split is 'train' or 'test', got {split!r}")
     root = root or data_root()
-    packed = root / "cifar10"
-    pixels, labels = _read_packed(packed, split) if packed.is_dir() else _read_official(root, split, download)
+    folder = root / "cifar10"
+    if any(folder.glob("*.webp")):
+        pixels, labels = _read_packed(folder, split)
+    else:
+        official = folder if (folder / "cifar-10-batches-py").is_dir() else root
+        pixels, labels = _read_official(official, split, download)
     return ImageSet(f"cifar10/{split}", torch.from_numpy(pixels), torch.tensor(labels), CLASSES, MEAN, STD)
 
 
@@ -99,10 +103,13 @@ def _read_official(root: Path, split: str, download: bool) -> tuple[np.ndarray, 
 
     folder = root / CIFAR10.base_folder
     if folder.is_dir() or not download:
-        for name, md5 in CIFAR10.train_list + CIFAR10.test_list:
+        files = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+        for name, md5 in files:
             if not check_integrity(str(folder / name), md5):
                 state = "is missing" if not (folder / name).exists() else f"is damaged (its MD5 is not {md5})"
-                raise DataError(f"{folder / name} {state}: remove {folder} and run again with internet; it will be downloaded")
+                raise DataError(
+                    f"{folder / name} {state}: remove {folder} and run again with internet; it will be downloaded"
+                )
     try:
         data = CIFAR10(str(root), train=split == "train", download=download and not folder.is_dir())
     except (OSError, RuntimeError) as error:

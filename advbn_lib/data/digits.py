@@ -27,11 +27,15 @@ def load_digits(split: Literal["train", "test"]) -> ImageSet:
     try:
         from sklearn import datasets
     except ModuleNotFoundError as error:
-        raise DataError("the digits come with scikit-learn, which is not installed: pip install scikit-learn") from error
+        raise DataError(
+            "the digits come with scikit-learn, which is not installed: pip install scikit-learn"
+        ) from error
     digits = datasets.load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     order = order[:TRAIN_IMAGES] if split == "train" else order[TRAIN_IMAGES:]
     small = torch.tensor(digits.images[order], dtype=torch.float64).unsqueeze(1) * (255 / 16)
-    large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False).round().clamp(0, 255).to(torch.uint8)
+    large = (
+        F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False).round().clamp(0, 255).to(torch.uint8)
+    )
     labels = torch.tensor(digits.target[order], dtype=torch.int64)
     return ImageSet(f"digits/{split}", large.repeat(1, 3, 1, 1), labels, tuple("0123456789"), MEAN, STD)

@@ -39,14 +39,18 @@ class ImageSet:
 
     def __post_init__(self):
         if self.images.dtype != torch.uint8 or self.images.dim() != 4 or self.images.shape[1] != 3:
-            raise DataError(f"{self.name}: images must be uint8 and N,3,H,W, got {self.images.dtype} and {tuple(self.images.shape)}")
+            raise DataError(
+                f"{self.name}: images must be uint8 and N,3,H,W, got {self.images.dtype} and {tuple(self.images.shape)}"
+            )
         if self.labels.shape != self.images.shape[:1]:
             raise DataError(f"{self.name}: {len(self.images)} images but {tuple(self.labels.shape)} labels")
         if len(self.labels) == 0:
             raise DataError(f"{self.name}: no images")
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high >= len(self.classes):
-            raise DataError(f"{self.name}: labels go from {low} to {high}, but there are {len(self.classes)} classes (0 to {len(self.classes) - 1})")
+            raise DataError(
+                f"{self.name}: labels go from {low} to {high}, but there are {len(self.classes)} classes (0 to {len(self.classes) - 1})"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -76,7 +80,9 @@ class ImageSet:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images in [0,1] (N,3,H,W) to what the networks expect."""
-        mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(v, device=images.device, dtype=images.dtype).view(1, 3, 1, 1) for v in (self.mean, self.std)
+        )
         return (images - mean) / std
 
 

@@ -27,13 +27,22 @@ class DeviceLoader:
         flip: mirror half of the images.
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, device: torch.device | str = "cpu", padding: int = 4, flip: bool = True):
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        padding: int = 4,
+        flip: bool = True,
+    ):
         if not 0 < batch_size <= len(images):
             raise ValueError(f"batch_size must be from 1 to {len(images)}, the size of {images.name}; got {batch_size}")
-        self.batch_size, self.seed, self.device, self.padding, self.flip = batch_size, seed, torch.device(device), padding, flip
-        self.size = images.images.shape[-1]
+        self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
+        self.padding, self.flip, self.size = padding, flip, images.images.shape[-1]
         padded = F.pad(images.images.to(self.device), [padding] * 4)
-        self._pixels = padded.permute(0, 2, 3, 1).contiguous()  # N,H,W,3: a pixel's channels side by side, so a gather is channels-last
+        # N,H,W,3: with a pixel's channels side by side, one gather gives a channels-last batch.
+        self._pixels = padded.permute(0, 2, 3, 1).contiguous()
         self._labels = images.labels.to(self.device)
         scale = torch.tensor(images.std) * 255
         self._scale = (1 / scale).to(self.device)
@@ -53,7 +62,7 @@ class DeviceLoader:
     def _batch(self, chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         count = len(chosen)
         rows, columns = torch.randint(0, 2 * self.padding + 1, (2, count, 1), generator=generator)
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5 if self.flip else torch.zeros(count, 1, dtype=torch.bool)
+        mirrored = torch.rand(count, 1, generator=generator) < (0.5 if self.flip else 0.0)
         across = torch.arange(self.size)
         rows = (rows + across).to(self.device)
         columns = (columns + torch.where(mirrored, across.flip(0), across)).to(self.device)

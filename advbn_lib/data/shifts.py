@@ -95,7 +95,7 @@ def _disk(radius: float, smoothing: float) -> Tensor:
     grid = torch.arange(-reach, reach + 1, dtype=torch.float64)
     disk = ((grid[:, None] ** 2 + grid[None, :] ** 2) <= radius**2).double()
     disk = disk / disk.sum()
-    bell = torch.exp(-torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64) ** 2 / (2 * smoothing**2))
+    bell = torch.exp(-(torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64) ** 2) / (2 * smoothing**2))
     bell = bell / bell.sum()
     return F.conv2d(disk[None, None], torch.outer(bell, bell)[None, None], padding=1)[0, 0]
 

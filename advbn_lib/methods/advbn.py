@@ -16,7 +16,6 @@ from advbn_lib.dual_bn import use_branch
 from advbn_lib.methods.base import PerturbedStatistics
 from advbn_lib.modes import evaluating
 
-
 cross_entropies = partial(F.cross_entropy, reduction="none")
 
 
@@ -28,7 +27,8 @@ class AdvBN(PerturbedStatistics):
     >>> losses.total.backward()                                                    # doctest: +SKIP
 
     Args:
-        model, layer, eps, options: see :class:`~advbn_lib.methods.base.PerturbedStatistics`.
+        model, layer, eps, dual_bn, clamp_at_zero, per_image, example: see
+            :class:`~advbn_lib.methods.base.PerturbedStatistics`.
         step_size: how much a factor moves in one step of the ascent.
         steps: how many steps.
         random_start: begin at random factors and not at 1.
@@ -36,10 +36,13 @@ class AdvBN(PerturbedStatistics):
 
     def __init__(
         self, model: nn.Module, layer: str = "layer1", eps: float = 1.1, step_size: float = 0.2, steps: int = 6, *,
-        random_start: bool = False, **options,
+        random_start: bool = False, dual_bn: bool = True, clamp_at_zero: bool | None = None, per_image: bool = False,
+        example: Tensor | None = None,
     ):  # fmt: skip
         climb = Steps(steps, step_size, random_start=random_start)  # bad values are refused before the model is touched
-        super().__init__(model, layer, eps, **options)
+        super().__init__(
+            model, layer, eps, dual_bn=dual_bn, clamp_at_zero=clamp_at_zero, per_image=per_image, example=example
+        )
         self.steps = climb
 
     def attack(self, features: Tensor, labels: Tensor) -> Ascended:
@@ -48,7 +51,9 @@ class AdvBN(PerturbedStatistics):
         The tail runs in eval mode on the adversarial BatchNorms, and is left as it was.
         """
         with evaluating(self.model), use_branch(self.model, "adversarial"):
-            return ascend(lambda x: cross_entropies(self.split.tail(x), labels), features, self.perturbation, self.steps)
+            return ascend(
+                lambda x: cross_entropies(self.split.tail(x), labels), features, self.perturbation, self.steps
+            )
 
     def perturb(self, features: Tensor, labels: Tensor) -> Tensor:
         return self.perturbation.apply(features, self.attack(features, labels).delta)

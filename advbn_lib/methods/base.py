@@ -93,9 +93,13 @@ class PerturbedStatistics(AboveTheCut):
         self.perturbation = ChannelStatistics(perturbation.eps, clamp, per_image)
         self.dual_bn = dual_bn and add_second_batch_norm(model, self.split.tail_modules) > 0
         if dual_bn and not self.dual_bn:
-            _warn(f"{type(model).__name__} has no BatchNorm above {layer!r}: dual BN does not apply, both branches share every layer")
+            _warn(
+                f"{type(model).__name__} has no BatchNorm above {layer!r}: dual BN does not apply, both branches share every layer"
+            )
         if self.split.batch_norm_first and not per_image:
-            _warn(f"the first thing above {layer!r} is a BatchNorm: in train mode it undoes a change of batch statistics; cut elsewhere")
+            _warn(
+                f"the first thing above {layer!r} is a BatchNorm: in train mode it undoes a change of batch statistics; cut elsewhere"
+            )
 
     def perturb(self, features: Tensor, labels: Tensor) -> Tensor:
         """Features (N,C,H,W) with other channel statistics; same shape, no gradient."""

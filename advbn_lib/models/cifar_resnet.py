@@ -93,10 +93,14 @@ def load_published_weights(model: CifarResNet, path: Path) -> None:
     released = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     renamed = {key.removeprefix("module.").replace("linear.", "fc."): value for key, value in released.items()}
     own = model.state_dict()
-    differing = [k for k in own.keys() | renamed.keys() if k not in own or k not in renamed or own[k].shape != renamed[k].shape]
+    differing = [
+        k for k in own.keys() | renamed.keys() if k not in own or k not in renamed or own[k].shape != renamed[k].shape
+    ]
     differing = [k for k in differing if not k.endswith("num_batches_tracked")]
     if differing:
-        raise ValueError(f"{path.name} is for another network than this one: {len(differing)} entries differ, e.g. {sorted(differing)[:3]}")
+        raise ValueError(
+            f"{path.name} is for another network than this one: {len(differing)} entries differ, e.g. {sorted(differing)[:3]}"
+        )
     model.load_state_dict(renamed, strict=False)
 
 

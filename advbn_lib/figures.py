@@ -1,0 +1,249 @@
+"""The book's figures: functions of tensors and numbers that return a matplotlib Figure, and :func:`show`, which puts it on the page.
+
+Nothing global is changed: no pyplot, and the style holds only while a figure is made. Colours are seaborn's "colorblind"
+palette; where colour carries meaning, a marker, a position or a label carries it too.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+WIDTH = 6.0  # inches: on a phone's 360 pixels, text of 11 points is then still 9 pixels high
+DPI = 150
+COLOURS = tuple(seaborn.color_palette("colorblind"))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+STYLE = {
+    "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.fontsize": 10,
+    "axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.9",
+}  # fmt: skip
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Put a figure on the page as a PNG that carries its text alternative; works in Jupyter, on Colab and in the built book.
+
+    Args:
+        alt: what the figure shows, in words, for those who cannot see it.
+
+    Raises:
+        ValueError: if ``alt`` is blank.
+    """
+    from IPython.display import display
+
+    display({"text/html": as_html(figure, alt), "text/plain": alt}, raw=True)
+
+
+def as_html(figure: Figure, alt: str) -> str:
+    """The figure as one ``<img>`` element with the picture inside it. Raises ValueError if ``alt`` is blank."""
+    if not alt.strip():
+        raise ValueError("a figure needs alt text: say in words what it shows")
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=DPI, facecolor="white")
+    width = round(figure.get_figwidth() * 96)  # CSS pixels
+    data = base64.b64encode(png.getvalue()).decode()
+    words = html.escape(" ".join(alt.split()), quote=True)
+    return f'<img alt="{words}" width="{width}" style="max-width: 100%; height: auto" src="data:image/png;base64,{data}">'
+
+
+def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None, title: str = "") -> Figure:
+    """Images in a grid: one row per entry, its name at the left.
+
+    Args:
+        rows: name to images in [0,1], N,3,H,W; the same N in each.
+        columns: N names to stand above the columns.
+
+    Raises:
+        ValueError: no rows, rows of different length, or another number of column names.
+    """
+    count = _columns(rows, columns)
+    with _style():
+        extra = (0.35 if title else 0) + (0.25 * max(name.count("\n") + 1 for name in columns) if columns else 0)
+        figure, axes = _new(len(rows), count, (WIDTH - 0.35) / count * len(rows) + extra, gaps=0.02)
+        for line, (name, images) in zip(axes, rows.items()):
+            for ax, image in zip(line, images):
+                ax.imshow(image.detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+                _bare(ax)
+            line[0].set_ylabel(name)
+        for ax, name in zip(axes[0], columns or ()):
+            ax.set_title(name, fontsize=11)
+        if title:
+            figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def channel_grid(image: Tensor, features: Tensor, count: int = 15, columns: int = 4, title: str = "") -> Figure:
+    """An image (3,H,W in [0,1]) and the first ``count`` channels of its feature map (C,H,W), dark = 0, all on one scale."""
+    maps = features[:count].detach().cpu()
+    rows = -(-(len(maps) + 1) // columns)
+    with _style():
+        figure, axes = _new(rows, columns, WIDTH * rows / columns * 1.13 + 0.4, gaps=0.02)
+        for ax in axes.flat:
+            _bare(ax)
+            ax.set_visible(False)
+        axes.flat[0].imshow(image.detach().cpu().permute(1, 2, 0).numpy())
+        axes.flat[0].set_title("the image", fontsize=10)
+        for number, (ax, values) in enumerate(zip(list(axes.flat)[1:], maps)):
+            ax.imshow(values.numpy(), cmap="cividis", vmin=0, vmax=float(maps.max()))
+            ax.set_title(f"channel {number}", fontsize=10)
+        for ax in list(axes.flat)[: len(maps) + 1]:
+            ax.set_visible(True)
+        if title:
+            figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def curves(
+    x: Sequence[float], lines: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str, title: str = "",
+    level: tuple[str, float] | None = None, upright: tuple[str, float] | None = None, from_zero: bool = True,
+) -> Figure:  # fmt: skip
+    """Lines over ``x``, with markers; ``level`` and ``upright`` are a name and a value for a dashed line across or up."""
+    with _style():
+        figure, axes = _new(1, 1, 4.1)
+        ax = axes[0, 0]
+        for colour, marker, (name, values) in zip(COLOURS, MARKERS, lines.items(), strict=False):
+            ax.plot(x, values, color=colour, marker=marker, markersize=5, label=name)
+        if level:
+            ax.axhline(level[1], color="0.35", linestyle="--", linewidth=1.2, label=level[0])
+        if upright:
+            ax.axvline(upright[1], color="0.35", linestyle=":", linewidth=1.5, label=upright[0])
+        _label(ax, xlabel, ylabel, title)
+        if from_zero:
+            ax.set_ylim(bottom=0)
+        if len(lines) > 1 or level or upright:
+            figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def bars(
+    groups: Mapping[str, Mapping[str, float]], *, xlabel: str, title: str = "", level: tuple[str, float] | None = None,
+) -> Figure:  # fmt: skip
+    """Lying bars: for each group (named at the left) one bar per series; every group has the same series."""
+    names, series = list(groups), list(next(iter(groups.values())))
+    thickness = 0.8 / len(series)
+    with _style():
+        figure, axes = _new(1, 1, 1.5 + 0.22 * len(names) * (len(series) + 0.8))
+        ax = axes[0, 0]
+        for number, (one, hatch) in enumerate(zip(series, ("", "//", "..", "xx"))):
+            places = np.arange(len(names)) + (number - (len(series) - 1) / 2) * thickness
+            values = [groups[name][one] for name in names]
+            ax.barh(places, values, thickness, label=one, color=COLOURS[number], hatch=hatch, edgecolor="white", linewidth=0.5)
+        if level:
+            ax.axvline(level[1], color="0.2", linestyle="--", linewidth=1.2, label=level[0])
+        ax.set_yticks(range(len(names)), names)
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+        _label(ax, xlabel, "", title)
+        figure.legend(loc="outside lower center", ncols=len(series) + bool(level), frameon=False)
+    return figure
+
+
+def strips(values: Mapping[str, Sequence[float]], *, ylabel: str, title: str = "", log: bool = False) -> Figure:
+    """Single values as dots, one column per entry, with a bar at the median."""
+    with _style():
+        figure, axes = _new(1, 1, 3.7)
+        ax = axes[0, 0]
+        for place, (colour, marker, (name, numbers)) in enumerate(zip(COLOURS, MARKERS, values.items())):
+            spread = np.linspace(-0.22, 0.22, len(numbers)) if len(numbers) > 1 else np.zeros(1)
+            ax.scatter(place + spread, numbers, s=26, color=colour, marker=marker, alpha=0.85, linewidth=0)
+            ax.hlines(np.median(numbers), place - 0.33, place + 0.33, color="0.15", linewidth=2)
+        ax.set_xticks(range(len(values)), list(values))
+        ax.grid(axis="x", visible=False)
+        if log:
+            ax.set_yscale("log")
+        _label(ax, "", ylabel, title)
+    return figure
+
+
+def instance_and_batch(values: Tensor, batch: Tensor, *, ylabel: str, title: str = "") -> Figure:
+    """One number per image and channel (N,C) as dots, and the batch's one number per channel (C) as a line."""
+    count, channels = values.shape
+    with _style():
+        figure, axes = _new(1, 1, 3.5)
+        ax = axes[0, 0]
+        shift = np.linspace(-0.25, 0.25, count)
+        for channel in range(channels):
+            label = "one image" if channel == 0 else None
+            ax.scatter(channel + shift, values[:, channel].cpu(), s=9, color=COLOURS[0], alpha=0.5, linewidth=0, label=label)
+            label = "the whole batch" if channel == 0 else None
+            ax.hlines(float(batch[channel]), channel - 0.4, channel + 0.4, color=COLOURS[3], linewidth=2.5, label=label)
+        ax.set_xticks(range(0, channels, 2))
+        ax.grid(axis="x", visible=False)
+        _label(ax, "channel", ylabel, title)
+        ax.legend(frameon=False)
+    return figure
+
+
+def sorted_factors(factors: Mapping[str, Tensor], eps: float, title: str = "") -> Figure:
+    """Each set of factors sorted by size, between the ends of the interval [1 - eps, 1 + eps]."""
+    with _style():
+        figure, axes = _new(1, 1, 3.7)
+        ax = axes[0, 0]
+        for end in (1 - eps, 1 + eps):
+            ax.axhline(end, color="0.35", linestyle="--", linewidth=1.2, label="end of the interval" if end < 1 else None)
+        ax.axhline(1, color="0.35", linestyle=":", linewidth=1.5, label="no change")
+        for colour, marker, (name, values) in zip(COLOURS, MARKERS, factors.items()):
+            ordered = values.detach().flatten().sort().values.cpu()
+            ax.plot(np.arange(1, len(ordered) + 1), ordered, color=colour, marker=marker, markersize=6, linestyle="none", label=name)
+        _label(ax, "channels, sorted by their factor", "factor", title)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def against(x: Tensor, groups: Mapping[str, Tensor], *, xlabel: str, ylabel: str, title: str = "") -> Figure:
+    """Scatter of each group's values over ``x`` (same length), with the line where both are equal."""
+    across = x.detach().cpu()
+    with _style():
+        figure, axes = _new(1, 1, 4.2)
+        ax = axes[0, 0]
+        ends = [float(across.min()), float(across.max())]
+        ax.plot(ends, ends, color="0.35", linestyle="--", linewidth=1.2, label="no difference")
+        for colour, marker, (name, values) in zip(COLOURS, MARKERS, groups.items()):
+            ax.scatter(across, values.detach().cpu(), s=30, color=colour, marker=marker, alpha=0.85, linewidth=0, label=name)
+        _label(ax, xlabel, ylabel, title)
+        figure.legend(loc="outside lower center", ncols=len(groups) + 1, frameon=False)
+    return figure
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with seaborn.axes_style("whitegrid", rc={k: v for k, v in STYLE.items() if "spines" in k or "grid" in k}):
+        with seaborn.plotting_context("notebook", rc={k: v for k, v in STYLE.items() if "size" in k}):
+            yield
+
+
+def _new(rows: int, columns: int, height: float, gaps: float | None = None) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    if gaps is not None:
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=gaps, hspace=gaps)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _columns(rows: Mapping[str, Tensor], columns: Sequence[str] | None) -> int:
+    counts = {len(images) for images in rows.values()}
+    if len(counts) != 1:
+        raise ValueError(f"every row needs the same number of images, got {', '.join(f'{n}: {len(i)}' for n, i in rows.items()) or 'no rows'}")
+    count = counts.pop()
+    if columns is not None and len(columns) != count:
+        raise ValueError(f"{count} images a row, but {len(columns)} column names")
+    return count
+
+
+def _bare(ax: Axes) -> None:
+    ax.set(xticks=[], yticks=[])
+    ax.grid(visible=False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _label(ax: Axes, xlabel: str, ylabel: str, title: str) -> None:
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set_title(title, loc="left")

@@ -1,0 +1,52 @@
+"""The directive ``{claims-ledger}``: each claim, its criterion, and the verdict computed from the records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+
+from advbn_lib import claims, records
+
+from . import wording
+from .index import table_of
+from .roles import depend_on_records, records_folder
+
+logger = logging.getLogger(__name__)
+
+
+class ClaimsLedger(SphinxDirective):
+    """``{claims-ledger} PRESET``: a table of the claims in ``book/claims.yml``, decided at that preset."""
+
+    required_arguments = 1
+
+    def run(self):
+        preset, folder = self.arguments[0], records_folder(self.env.app)
+        ledger = Path(self.env.srcdir) / "book" / "claims.yml"
+        self.env.note_dependency(str(ledger))
+        try:
+            findings = [claims.decide(claim, preset, folder) for claim in claims.read_claims(ledger)]
+            for finding in findings:
+                for side in (finding.claim.first, finding.claim.second):
+                    depend_on_records(self.env, folder, records.load(side.experiment, preset, folder))
+            rows = [self.row(finding) for finding in findings]
+        except (records.RecordError, OSError) as error:
+            logger.warning("{claims-ledger}: %s", error, location=self.get_location(), type="advbn")
+            return []
+        return [table_of(["the paper says", "verdict", "effect", "compared", "holds if above"], rows)]
+
+    def row(self, finding: claims.Finding) -> list[str]:
+        claim, metric = finding.claim, finding.claim.first.metric
+        compared = f"{side_in_words(claim.first)} \N{MINUS SIGN} {side_in_words(claim.second)}"
+        effect = "not run" if finding.effect is None else wording.gap(finding.effect, metric, finding.preset)
+        limit = f"{wording.number(claim.above, metric, signed=True)} points"
+        return [claim.says, finding.verdict, effect, compared, limit]  # the verdict early: a phone shows two columns
+
+
+def side_in_words(side: claims.Side) -> str:
+    """``advbn, mean of corruptions, clean BN``."""
+    kind, branch, what = side.metric.split("/")
+    images = f"mean of {what}" if kind == "mean" else f"{what} images"
+    return f"{side.experiment}, {images}, {branch} BN"
