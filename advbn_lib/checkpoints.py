@@ -1,15 +1,21 @@
-"""Checkpoints that are whole or not there, and that hold tensors and numbers only (``weights_only=True`` reads them)."""
+"""Checkpoints that are whole or not there, and that hold tensors and numbers only.
+
+A file is the SHA-256 of what follows it, then what ``torch.save`` writes; ``weights_only=True`` reads it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
-import zipfile
+import pickle
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from advbn_lib.files import atomic_write
+
+DIGEST = hashlib.sha256().digest_size
 
 
 class CheckpointError(RuntimeError):
@@ -35,6 +41,7 @@ def save_checkpoint(path: Path, parts: dict[str, Stateful], progress: dict[str, 
     buffer = io.BytesIO()  # torch.save would report a full disk as an internal error
     torch.save(state, buffer)
     with atomic_write(path) as file:
+        file.write(hashlib.sha256(buffer.getbuffer()).digest())
         file.write(buffer.getbuffer())
 
 
@@ -65,14 +72,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}")
+    content = path.read_bytes()
+    if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
+        raise CheckpointError(f"{path} is damaged or no checkpoint of this library: remove it to start anew")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): remove it to start anew") from error
-    if damaged:
-        raise CheckpointError(f"{path} is damaged (in {damaged}): remove it to start anew")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content[DIGEST:]), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise CheckpointError(f"{path} holds no checkpoint ({error}): remove it to start anew") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint: remove it to start anew")
     return state

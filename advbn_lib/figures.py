@@ -65,9 +65,13 @@ def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None,
         ValueError: no rows, rows of different length, or another number of column names.
     """
     count = _columns(rows, columns)
+    left, gap, head = 0.5, 0.05, (0.3 if title else 0) + 0.24 * max((name.count("\n") + 1 for name in columns or ()), default=0) + 0.05  # inches
+    side = (WIDTH - left - gap * count) / count
+    height = head + (side + gap) * len(rows)
+    places = {"left": left / WIDTH, "right": 1 - gap / WIDTH, "top": 1 - head / height, "bottom": gap / height}
     with _style():
-        extra = (0.35 if title else 0) + (0.25 * max(name.count("\n") + 1 for name in columns) if columns else 0)
-        figure, axes = _new(len(rows), count, (WIDTH - 0.35) / count * len(rows) + extra, gaps=0.02)
+        figure = Figure(figsize=(WIDTH, height))
+        axes = figure.subplots(len(rows), count, squeeze=False, gridspec_kw={**places, "wspace": gap / side, "hspace": gap / side})
         for line, (name, images) in zip(axes, rows.items()):
             for ax, image in zip(line, images):
                 ax.imshow(image.detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -76,7 +80,7 @@ def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None,
         for ax, name in zip(axes[0], columns or ()):
             ax.set_title(name, fontsize=11)
         if title:
-            figure.suptitle(title, fontsize=12)
+            figure.suptitle(title, fontsize=12, y=1 - 0.06 / height, va="top")
     return figure
 
 

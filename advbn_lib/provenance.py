@@ -18,18 +18,20 @@ from typing import Any
 import torch
 
 PACKAGE = Path(__file__).resolve().parent
+WITHOUT_INFLUENCE = ("advbn_lib.checkpoints", "advbn_lib.files", "advbn_lib.progress")  # on the numbers of a run
 
 
 def code_hash(modules: Iterable[str]) -> str:
     """Hash of these modules of the library (``"advbn_lib.training"``) and of all that they import from it.
 
-    Comments, docstrings and blank lines do not count: explaining the code better does not make a run old.
+    Comments, docstrings and blank lines do not count: explaining the code better does not make a run old. Nor do modules that
+    only write files or draw bars.
     """
     seen: dict[str, Path] = {}
     to_visit = list(modules)
     while to_visit:
         name = to_visit.pop()
-        if name not in seen:
+        if name not in seen and name not in WITHOUT_INFLUENCE:
             seen[name] = _file_of(name)
             to_visit += _imports(seen[name])
     digest = hashlib.sha256()

@@ -27,6 +27,8 @@ from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib
 from advbn_lib.training import History, precision_on, train
 from advbn_lib.weights import published_weights
 
+# What goes into a record's key, beside the method's own module. Not this module, which is about records and folders: what it
+# hands on (schedule, seed, starting weights) stands in the configuration.
 USED_BY_EVERY_RUN = tuple(
     f"advbn_lib.{name}" for name in ("training", "evaluation", "models.cifar_resnet", "data.sets", "weights")
 )

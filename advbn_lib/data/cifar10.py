@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -69,8 +70,11 @@ def _checksums(folder: Path) -> dict[str, str]:
     listing = folder / "SHA256SUMS"
     if not listing.is_file():
         raise DataError(f"{listing} is missing: without it the packed CIFAR-10 cannot be checked; {_mend(folder)}")
-    rows = [line.split(maxsplit=1) for line in listing.read_text().splitlines() if line.strip()]
-    return {name.lstrip("*").strip(): digest for digest, name in rows}
+    lines = listing.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = [re.fullmatch(r"([0-9a-f]{64})[ *]+(\S+)", line.strip()) for line in lines]
+    if not all(rows):
+        raise DataError(f"{listing} is damaged in line {rows.index(None) + 1}: {_mend(folder)}")
+    return {row[2]: row[1] for row in rows}
 
 
 def _checked(folder: Path, name: str, expected: dict[str, str]) -> Path:
