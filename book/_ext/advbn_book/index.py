@@ -1,0 +1,110 @@
+"""The directive ``{records-index}``: every run record, by experiment and preset."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from docutils import nodes
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+
+from advbn_lib import records
+
+from . import wording
+from .roles import depend_on_records, existing, records_folder
+
+logger = logging.getLogger(__name__)
+
+
+def duration(seconds: float) -> str:
+    """'41 s', '12 min' or '3.5 h'."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def measured(runs: list, group: str) -> nodes.table:
+    """What the runs of one experiment found together, in one group of metrics.
+
+    Metrics by BatchNorm branch and shift make one row a shift and one column a branch; others one row each.
+    """
+    found = runs[0].metrics[group]
+    if all(isinstance(value, dict) for value in found.values()):
+        shifts = list(dict.fromkeys(shift for table in found.values() for shift in table))
+        head = [group, *(f"{branch} BN" for branch in found)]
+        rows = [
+            [shift, *(cell(runs, f"{group}/{branch}/{shift}") if shift in table else "" for branch, table in found.items())]
+            for shift in shifts
+        ]
+        return table_of(head, rows)
+    return table_of([group, "measured"], [[name, cell(runs, f"{group}/{name}")] for name in found])
+
+
+def cell(runs: list, metric: str) -> str:
+    """'93.1 % (92.9 to 93.3)', or without the interval for one run."""
+    estimate = records.aggregate(runs, metric)
+    value = wording.number(estimate.mean, metric) + (" %" if wording.is_accuracy(metric) else "")
+    spread = wording.interval(estimate, metric).removeprefix("95 % interval ")
+    return value if estimate.n < 2 else f"{value} ({spread})"
+
+
+class RecordsIndex(SphinxDirective):
+    """One section for each experiment and preset: what was found, and the runs behind it."""
+
+    def run(self):
+        folder = records_folder(self.env.app)
+        try:
+            everything = records.load_all(folder)
+            depend_on_records(self.env, folder, everything)
+            groups = groupby(everything, key=lambda record: (record.experiment, record.preset))
+            sections = [self.section(experiment, preset, list(runs)) for (experiment, preset), runs in groups]
+        except (records.RecordError, KeyError, ValueError) as error:
+            logger.warning("{records-index}: %s", error, location=self.get_location(), type="advbn")
+            return []
+        return sections or [nodes.paragraph("", f"No runs yet: {existing(folder)}.")]
+
+    def section(self, experiment: str, preset: str, runs: list) -> nodes.section:
+        name = f"record-{experiment}-{preset}"
+        section = nodes.section("", nodes.title("", f"{experiment}, {preset} scale"), ids=[nodes.make_id(name)])
+        section["names"].append(name)
+        self.state.document.note_explicit_target(section)
+        spread = "with its 95 % interval" if len(runs) > 1 else "which gives no interval"
+        section += nodes.paragraph("", f"Mean over {wording.seeds(len(runs))}, {spread}.")
+        section += [measured(runs, group) for group in runs[0].metrics]
+        section += table_of(
+            ["seed", "device", "wall time", "versions", "commit", "record"],
+            [self.row(record) for record in runs],
+        )
+        return section
+
+    def row(self, record) -> list:
+        dirty = " (with local changes)" if record.code.get("dirty") else ""
+        return [
+            str(record.seed),
+            f"{record.hardware['gpu'] or record.hardware['cpu']}, {record.hardware['threads']} threads",
+            duration(record.cost["wall_seconds"]),
+            ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items())),
+            str(record.code.get("commit") or "not recorded")[:10] + dirty,
+            self.file_link(record),
+        ]
+
+    def file_link(self, record) -> nodes.reference:
+        place = f"{record.experiment}/{record.preset}-s{record.seed}.json"
+        up = "../" * self.env.docname.count("/")
+        return nodes.reference("", "JSON", refuri=f"{up}_static/records/{place}", internal=False)
+
+
+def table_of(head: list[str], rows: list[list]) -> nodes.table:
+    """A plain table; a cell is a string or a node."""
+    group = nodes.tgroup(cols=len(head))
+    group += [nodes.colspec(colwidth=1) for _ in head]
+    group += nodes.thead("", table_row(head))
+    group += nodes.tbody("", *[table_row(row) for row in rows])
+    return nodes.table("", group, classes=["records"])
+
+
+def table_row(cells: list) -> nodes.row:
+    row = nodes.row()
+    for cell in cells:
+        inside = nodes.Text(cell) if isinstance(cell, str) else cell
+        row += nodes.entry("", nodes.paragraph("", "", inside))
+    return row

@@ -1,0 +1,64 @@
+"""How a measured number is put into words. Knows estimates and strings, nothing of Sphinx."""
+
+from __future__ import annotations
+
+import math
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def number(value: float, metric: str, signed: bool = False) -> str:
+    """Write a value of ``metric``: accuracies as per cent, anything else with three digits.
+
+    >>> number(0.9173, "accuracy/clean/clean")
+    '91.7'
+    >>> number(1234.5, "images_per_second")
+    '1,230'
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"{metric} is {value}, which is no number to show")
+    if is_accuracy(metric):
+        text = f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
+    else:
+        text = three_digits(value, signed)
+    return text.replace("-", MINUS)
+
+
+def three_digits(value: float, signed: bool) -> str:
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.3g}")
+    decimals = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:+,.{decimals}f}" if signed else f"{rounded:,.{decimals}f}"
+
+
+def is_accuracy(metric: str) -> bool:
+    """Accuracies, and means of accuracies over shifts, are shares from 0 to 1."""
+    return metric.split("/")[0] in ("accuracy", "mean")
+
+
+def seeds(count: int) -> str:
+    return f"n = {count} seed" + ("" if count == 1 else "s")
+
+
+def interval(estimate, metric: str, signed: bool = False) -> str:
+    """Write the interval, or say that one seed gives none."""
+    if estimate.n < 2:
+        return "no interval"
+    low, high = (number(value, metric, signed) for value in (estimate.low, estimate.high))
+    return f"95 % interval {low} to {high}"
+
+
+def level(estimate, metric: str, preset: str) -> str:
+    """'91.6 % (95 % interval 91.2 to 91.9, n = 3 seeds, cpu scale)'."""
+    unit = " %" if is_accuracy(metric) else ""
+    value = number(estimate.mean, metric)
+    return f"{value}{unit} ({interval(estimate, metric)}, {seeds(estimate.n)}, {preset} scale)"
+
+
+def gap(estimate, metric: str, preset: str) -> str:
+    """'+3.1 points (95 % interval +2.5 to +3.7, paired by seed, n = 3 seeds, cpu scale)'."""
+    unit = " points" if is_accuracy(metric) else ""
+    value = number(estimate.mean, metric, signed=True)
+    spread = interval(estimate, metric, signed=True)
+    return f"{value}{unit} ({spread}, paired by seed, {seeds(estimate.n)}, {preset} scale)"
