@@ -117,7 +117,7 @@ PRESETS = {
         "digits", "resnet8", "pretrain",
         pretraining=Schedule(epochs=8, batch_size=32, lr=0.1, milestones=(6,)),
         fine_tuning=Schedule(epochs=2, batch_size=64, lr=0.01, milestones=(1,)),
-        train_images=640, shifts=("clean", "gaussian_noise-3", "brightness-3", "contrast-3", "defocus_blur-5", "grey"),
+        train_images=640, shifts=("clean", "gaussian_noise-3", "brightness-3", "contrast-3", "defocus_blur-3", "grey"),
     ),
     "cpu": Preset(
         "cifar10", "resnet20", "published",

@@ -1,7 +1,7 @@
-"""The book's figures: functions of tensors and numbers that return a matplotlib Figure, and :func:`show`, which puts it on the page.
+"""The book's figures: functions of tensors and numbers that return a matplotlib Figure, and :func:`show` for the page.
 
-Nothing global is changed: no pyplot, and the style holds only while a figure is made. Colours are seaborn's "colorblind"
-palette; where colour carries meaning, a marker, a position or a label carries it too.
+Nothing global is changed: no pyplot, and the style holds only while a figure is made. Colours are of seaborn's
+"colorblind" palette; where colour carries meaning, a marker, a position or a label carries it too.
 """
 
 from __future__ import annotations
@@ -14,22 +14,27 @@ from contextlib import contextmanager
 
 import numpy as np
 import seaborn
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from advbn_lib.data.shifts import Shift
+from advbn_lib.records import Estimate
 
 WIDTH = 6.0  # inches: on a phone's 360 pixels, text of 11 points is then still 9 pixels high
 DPI = 150
 COLOURS = tuple(seaborn.color_palette("colorblind"))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 STYLE = {
-    "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.fontsize": 10,
+    "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11,
+    "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.fontsize": 10,
     "axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.9",
 }  # fmt: skip
 
 
 def show(figure: Figure, alt: str) -> None:
-    """Put a figure on the page as a PNG that carries its text alternative; works in Jupyter, on Colab and in the built book.
+    """Put a figure on the page, as a PNG with a text alternative: in Jupyter, on Colab and in the built book.
 
     Args:
         alt: what the figure shows, in words, for those who cannot see it.
@@ -51,7 +56,8 @@ def as_html(figure: Figure, alt: str) -> str:
     width = round(figure.get_figwidth() * 96)  # CSS pixels
     data = base64.b64encode(png.getvalue()).decode()
     words = html.escape(" ".join(alt.split()), quote=True)
-    return f'<img alt="{words}" width="{width}" style="max-width: 100%; height: auto" src="data:image/png;base64,{data}">'
+    style = "max-width: 100%; height: auto"
+    return f'<img alt="{words}" width="{width}" style="{style}" src="data:image/png;base64,{data}">'
 
 
 def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None, title: str = "") -> Figure:
@@ -65,13 +71,15 @@ def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None,
         ValueError: no rows, rows of different length, or another number of column names.
     """
     count = _columns(rows, columns)
-    left, gap, head = 0.5, 0.05, (0.3 if title else 0) + 0.24 * max((name.count("\n") + 1 for name in columns or ()), default=0) + 0.05  # inches
+    lines = max((name.count("\n") + 1 for name in columns or ()), default=0)
+    left, gap, head = 0.5, 0.05, 0.05 + 0.24 * lines + (0.3 if title else 0)  # inches
     side = (WIDTH - left - gap * count) / count
     height = head + (side + gap) * len(rows)
     places = {"left": left / WIDTH, "right": 1 - gap / WIDTH, "top": 1 - head / height, "bottom": gap / height}
+    places |= {"wspace": gap / side, "hspace": gap / side}
     with _style():
         figure = Figure(figsize=(WIDTH, height))
-        axes = figure.subplots(len(rows), count, squeeze=False, gridspec_kw={**places, "wspace": gap / side, "hspace": gap / side})
+        axes = figure.subplots(len(rows), count, squeeze=False, gridspec_kw=places)
         for line, (name, images) in zip(axes, rows.items()):
             for ax, image in zip(line, images):
                 ax.imshow(image.detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -85,7 +93,7 @@ def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None,
 
 
 def channel_grid(image: Tensor, features: Tensor, count: int = 15, columns: int = 4, title: str = "") -> Figure:
-    """An image (3,H,W in [0,1]) and the first ``count`` channels of its feature map (C,H,W), dark = 0, all on one scale."""
+    """An image (3,H,W in [0,1]) and the first ``count`` channels of its feature map (C,H,W): dark = 0, one scale."""
     maps = features[:count].detach().cpu()
     rows = -(-(len(maps) + 1) // columns)
     with _style():
@@ -109,7 +117,7 @@ def curves(
     x: Sequence[float], lines: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str, title: str = "",
     level: tuple[str, float] | None = None, upright: tuple[str, float] | None = None, from_zero: bool = True,
 ) -> Figure:  # fmt: skip
-    """Lines over ``x``, with markers; ``level`` and ``upright`` are a name and a value for a dashed line across or up."""
+    """Lines over ``x``, with markers; ``level`` and ``upright``: name and value of a dashed line across or up."""
     with _style():
         figure, axes = _new(1, 1, 4.1)
         ax = axes[0, 0]
@@ -139,7 +147,8 @@ def bars(
         for number, (one, hatch) in enumerate(zip(series, ("", "//", "..", "xx"))):
             places = np.arange(len(names)) + (number - (len(series) - 1) / 2) * thickness
             values = [groups[name][one] for name in names]
-            ax.barh(places, values, thickness, label=one, color=COLOURS[number], hatch=hatch, edgecolor="white", linewidth=0.5)
+            look = {"color": COLOURS[number], "hatch": hatch, "edgecolor": "white", "linewidth": 0.5}
+            ax.barh(places, values, thickness, label=one, **look)
         if level:
             ax.axvline(level[1], color="0.2", linestyle="--", linewidth=1.2, label=level[0])
         ax.set_yticks(range(len(names)), names)
@@ -155,7 +164,7 @@ def strips(values: Mapping[str, Sequence[float]], *, ylabel: str, title: str = "
     with _style():
         figure, axes = _new(1, 1, 3.7)
         ax = axes[0, 0]
-        for place, (colour, marker, (name, numbers)) in enumerate(zip(COLOURS, MARKERS, values.items())):
+        for place, (colour, marker, numbers) in enumerate(zip(COLOURS, MARKERS, values.values())):
             spread = np.linspace(-0.22, 0.22, len(numbers)) if len(numbers) > 1 else np.zeros(1)
             ax.scatter(place + spread, numbers, s=26, color=colour, marker=marker, alpha=0.85, linewidth=0)
             ax.hlines(np.median(numbers), place - 0.33, place + 0.33, color="0.15", linewidth=2)
@@ -176,7 +185,8 @@ def instance_and_batch(values: Tensor, batch: Tensor, *, ylabel: str, title: str
         shift = np.linspace(-0.25, 0.25, count)
         for channel in range(channels):
             label = "one image" if channel == 0 else None
-            ax.scatter(channel + shift, values[:, channel].cpu(), s=9, color=COLOURS[0], alpha=0.5, linewidth=0, label=label)
+            dots = values[:, channel].cpu()
+            ax.scatter(channel + shift, dots, s=9, color=COLOURS[0], alpha=0.5, linewidth=0, label=label)
             label = "the whole batch" if channel == 0 else None
             ax.hlines(float(batch[channel]), channel - 0.4, channel + 0.4, color=COLOURS[3], linewidth=2.5, label=label)
         ax.set_xticks(range(0, channels, 2))
@@ -191,12 +201,13 @@ def sorted_factors(factors: Mapping[str, Tensor], eps: float, title: str = "") -
     with _style():
         figure, axes = _new(1, 1, 3.7)
         ax = axes[0, 0]
-        for end in (1 - eps, 1 + eps):
-            ax.axhline(end, color="0.35", linestyle="--", linewidth=1.2, label="end of the interval" if end < 1 else None)
+        for end, label in ((1 - eps, "end of the interval"), (1 + eps, None)):
+            ax.axhline(end, color="0.35", linestyle="--", linewidth=1.2, label=label)
         ax.axhline(1, color="0.35", linestyle=":", linewidth=1.5, label="no change")
         for colour, marker, (name, values) in zip(COLOURS, MARKERS, factors.items()):
             ordered = values.detach().flatten().sort().values.cpu()
-            ax.plot(np.arange(1, len(ordered) + 1), ordered, color=colour, marker=marker, markersize=6, linestyle="none", label=name)
+            ranks = np.arange(1, len(ordered) + 1)
+            ax.plot(ranks, ordered, color=colour, marker=marker, markersize=6, linestyle="none", label=name)
         _label(ax, "channels, sorted by their factor", "factor", title)
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -211,7 +222,8 @@ def against(x: Tensor, groups: Mapping[str, Tensor], *, xlabel: str, ylabel: str
         ends = [float(across.min()), float(across.max())]
         ax.plot(ends, ends, color="0.35", linestyle="--", linewidth=1.2, label="no difference")
         for colour, marker, (name, values) in zip(COLOURS, MARKERS, groups.items()):
-            ax.scatter(across, values.detach().cpu(), s=30, color=colour, marker=marker, alpha=0.85, linewidth=0, label=name)
+            dots = values.detach().cpu()
+            ax.scatter(across, dots, s=30, color=colour, marker=marker, alpha=0.85, linewidth=0, label=name)
         _label(ax, xlabel, ylabel, title)
         figure.legend(loc="outside lower center", ncols=len(groups) + 1, frameon=False)
     return figure
@@ -234,7 +246,8 @@ def _new(rows: int, columns: int, height: float, gaps: float | None = None) -> t
 def _columns(rows: Mapping[str, Tensor], columns: Sequence[str] | None) -> int:
     counts = {len(images) for images in rows.values()}
     if len(counts) != 1:
-        raise ValueError(f"every row needs the same number of images, got {', '.join(f'{n}: {len(i)}' for n, i in rows.items()) or 'no rows'}")
+        found = ", ".join(f"{name}: {len(images)}" for name, images in rows.items()) or "no rows"
+        raise ValueError(f"every row needs the same number of images, got {found}")
     count = counts.pop()
     if columns is not None and len(columns) != count:
         raise ValueError(f"{count} images a row, but {len(columns)} column names")
@@ -251,3 +264,69 @@ def _bare(ax: Axes) -> None:
 def _label(ax: Axes, xlabel: str, ylabel: str, title: str) -> None:
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_title(title, loc="left")
+
+
+def shift_gallery(image: Tensor, shifts: Sequence[Shift]) -> Figure:
+    """One image (3,H,W in [0,1]) under each shift: a row for each kind, a column for each severity."""
+    severities = sorted({shift.severity for shift in shifts if shift.severity})
+    blank = torch.ones_like(image)
+    rows: dict[str, list[Tensor]] = {}
+    for shift in shifts:
+        if shift.name != "clean":
+            name = shift.name.replace("_", "\n") + ("" if shift.severity else "\n(one degree)")
+            row = rows.setdefault(name, [image] + [blank] * len(severities))
+            place = 1 + severities.index(shift.severity) if shift.severity else 1
+            row[place] = shift(image[None], torch.Generator().manual_seed(0))[0]
+    columns = ["unchanged", *(f"severity {severity}" for severity in severities)]
+    return image_grid({name: torch.stack(row) for name, row in rows.items()}, columns)
+
+
+def accuracy_dots(tables: Mapping[str, Mapping[str, float | Estimate]], title: str = "") -> Figure:
+    """Accuracies (shares of 1, drawn in percent): a row for each shift, a colour and marker for each table, intervals as bars."""
+    names = list(next(iter(tables.values())))
+    offsets = np.linspace(-0.31, 0.31, len(tables)) if len(tables) > 1 else [0.0]
+    with _style():
+        figure, axes = _new(1, 1, 1.4 + 0.28 * len(tables) + 0.42 * len(names))
+        ax = axes[0, 0]
+        for colour, marker, offset, (label, table) in zip(COLOURS, MARKERS, offsets, tables.items()):
+            for place, name in enumerate(names):
+                _interval(ax, place + offset, table[name], colour, marker, label if place == 0 else None)
+        for place in range(1, len(names)):
+            ax.axhline(place - 0.5, color="0.85", linewidth=0.8)
+        ax.set_yticks(range(len(names)), [name.replace("_", " ").replace("-", ", severity ") for name in names])
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.grid(axis="y", visible=False)
+        _label(ax, "accuracy, %", "", title)
+        figure.legend(loc="outside lower center", ncols=1 if len(tables) > 4 else 2, frameon=False)
+    return figure
+
+
+def difference_forest(comparisons: Mapping[str, Mapping[str, Estimate]], title: str = "") -> Figure:
+    """Differences in accuracy, in percentage points with intervals: a group of rows for each comparison, and a line at zero."""
+    place, ticks = 0.0, []
+    with _style():
+        figure, axes = _new(1, 1, 1.0 + 0.3 * sum(len(group) + 1.3 for group in comparisons.values()))
+        ax = axes[0, 0]
+        ax.axvline(0, color="0.2", linestyle="--", linewidth=1.2)
+        for colour, marker, (heading, group) in zip(COLOURS, MARKERS, comparisons.items()):
+            ax.text(
+                0.0, place, heading, transform=ax.get_yaxis_transform(), fontsize=10, fontweight="bold", va="center"
+            )
+            for label, value in group.items():
+                place += 1
+                _interval(ax, place, value, colour, marker)
+                ticks.append((place, f"{label}, n = {value.n}"))
+            place += 1.3
+        ax.set_yticks(*zip(*ticks))
+        ax.set_ylim(place - 0.5, -0.7)
+        ax.grid(axis="y", visible=False)
+        _label(ax, "difference, percentage points, with 95 % interval", "", title)
+    return figure
+
+
+def _interval(ax: Axes, place: float, value: float | Estimate, colour, marker: str, label: str | None = None) -> None:
+    """A value in percent, and its interval if it has one, at a height."""
+    if isinstance(value, Estimate):
+        ax.plot([100 * value.low, 100 * value.high], [place, place], color=colour, linewidth=2)
+    mean = value.mean if isinstance(value, Estimate) else value
+    ax.plot(100 * mean, place, marker=marker, color=colour, markersize=5, linestyle="none", label=label)

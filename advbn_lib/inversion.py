@@ -1,7 +1,7 @@
 """Look at features: find the image that has them.
 
-Source: Mahendran and Vedaldi, "Understanding Deep Image Representations by Inverting Them" (CVPR 2015): gradient descent on
-the pixels, with total variation as the prior. Here the features of the network itself are inverted, no decoder is trained.
+Source: Mahendran and Vedaldi, "Understanding Deep Image Representations by Inverting Them" (CVPR 2015): gradient
+descent on the pixels, with total variation as the prior. No decoder is trained.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ def invert(
 ) -> Tensor:  # fmt: skip
     """Images whose features are as close to ``target`` as the descent gets.
 
-    Each image minimises the squared distance of its features relative to the target's squared length, plus ``tv`` times its
-    :func:`total_variation`. Images do not influence each other, so any number can share a call.
+    Each image minimises the squared distance of its features relative to the target's squared length, plus ``tv`` times
+    its :func:`total_variation`. Images do not influence each other, so any number can share a call.
 
     Args:
-        features_of: maps images in [0,1] (N,3,H,W) to features; put the normalisation and the network, in eval mode, in it.
+        features_of: maps images in [0,1] (N,3,H,W) to features: normalisation, then a network in eval mode.
         target: the features to reach, N first.
         shape: of the images, (3,H,W).
         steps: of Adam on the pixels, at least 1.
@@ -31,8 +31,8 @@ def invert(
         generator: on the target's device; for the start, which is grey with a little noise.
 
     Returns:
-        Images in [0,1], N and ``shape``, without gradient. They are the best found, not the truth: always look at the inversion
-        of unchanged features beside them.
+        Images in [0,1], N and ``shape``, without gradient. They are the best found, not the truth: always look at the
+        inversion of unchanged features beside them.
 
     Raises:
         ValueError: fewer than 1 step, or ``features_of`` gives another shape than the target's.
