@@ -43,6 +43,7 @@ def code_hash(modules: Iterable[str]) -> str:
 def git_state() -> dict[str, Any]:
     """``commit``, and whether the library's sources differ from it (``dirty``); both None outside a git checkout."""
     try:
+        _git("ls-files", "--error-unmatch", "advbn_lib/__init__.py")  # else it is the checkout of another project
         commit = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--", "advbn_lib")
     except (OSError, subprocess.CalledProcessError):

@@ -195,10 +195,11 @@ def _as_function(model: nn.Module, graph: fx.Graph) -> Half:
 
 
 def _called_modules(model: nn.Module, graphs: tuple[fx.Graph, ...]) -> tuple[str, ...]:
-    """Names of the modules (with all that is inside them) and of the bare parameters that the graphs use."""
+    """Names of the modules and bare parameters that the graphs use, and of what is inside these, but for BatchNorms'."""
     called = {str(node.target) for graph in graphs for node in graph.nodes if node.op in ("call_module", "get_attr")}
     inside = tuple(f"{name}." for name in called)
-    modules = [name for name, _ in model.named_modules() if name in called or name.startswith(inside)]
+    whole = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, (_BatchNorm, DualBatchNorm)))
+    modules = [n for n, _ in model.named_modules() if n in called or n.startswith(inside) and not n.startswith(whole)]
     return (*modules, *(name for name, _ in model.named_parameters() if name in called))
 
 
