@@ -79,6 +79,9 @@ def split_at(model: nn.Module, layer: str, example: Tensor | None = None) -> Spl
         example: a batch of images that the model accepts, to check the cut with; made up (2 images of 64x64, or of the size
             that a timm model declares) if None.
 
+    A decision that the forward pass takes in Python, such as ``if torch.rand(1) < p``, is taken once, when the model is traced,
+    unless it stands in a module of its own (as torchvision's and timm's stochastic depth do).
+
     Raises:
         SplitError: unknown layer (near names are listed), a layer that is not the only way through or runs more than once,
             an output that is not N,C,H,W, or a model that cannot be traced.

@@ -1,0 +1,241 @@
+"""Run records: what is written is what is read, and what was edited is noticed."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from scipy import stats
+
+from advbn_lib import records
+from advbn_lib.benchmarks import BENCHMARKS
+from advbn_lib.experiments import EXPERIMENTS, PRESETS
+from advbn_lib.records import Record, RecordError
+from advbn_lib.running import prepare
+
+COMMITTED = sorted(ROOT.glob("records/*/*.json"))
+
+
+def record(
+    seed: int = 0, experiment: str = "advbn", preset: str = "smoke", clean: float = 0.9, adversarial: float = 0.8
+) -> Record:
+    return Record(
+        experiment=experiment, preset=preset, seed=seed, key="abc", config={"eps": 1.1, "text": "ε – naïve"},
+        metrics={"accuracy": {"clean": {"clean": clean, "contrast-3": 0.1 + 0.2}, "adversarial": {"clean": adversarial}}},
+        curves={"clean_loss": [1.5, 0.1]}, cost={"train_seconds": 12, "peak_memory_mib": None}, hardware={"device": "cpu"}, versions={"torch": "2"},
+        code={"hash": "def", "commit": None, "dirty": None}, data={}, weights={}, created="2026-01-01 00:00 UTC",
+    )  # fmt: skip
+
+
+def with_values(values, experiment: str = "advbn", branch: str = "clean") -> list[Record]:
+    return [record(seed, experiment, **{branch: value}) for seed, value in enumerate(values)]
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    path = records.write(record(), tmp_path)
+    assert path == tmp_path / "advbn" / "smoke-s0.json" == records.path_of("advbn", "smoke", 0, tmp_path)
+    assert records.read(path) == record()
+    assert [path.name for path in path.parent.iterdir()] == ["smoke-s0.json"]
+
+
+def test_a_record_is_json_that_says_its_format(tmp_path):
+    text = records.write(record(), tmp_path).read_text(encoding="utf-8")
+    assert json.loads(text)["format"] == records.FORMAT and text.endswith("}\n") and "naïve" in text
+
+
+def test_writing_again_replaces(tmp_path):
+    records.write(record(), tmp_path)
+    path = records.write(record(clean=0.95), tmp_path)
+    assert records.read(path).metric("accuracy/clean/clean") == 0.95
+
+
+def test_formatting_is_not_an_edit(tmp_path):
+    path = records.write(record(), tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
+    assert records.read(path) == record()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("0.9", "0.91"), ("1.1", "1.2"), ('"abc"', '"abd"'), ("12,", "11,"), ("UTC", "CET"), ('"seed": 0', '"seed": 1')],
+)
+def test_an_edit_by_hand_is_noticed(tmp_path, old, new):
+    path = records.write(record(), tmp_path)
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(RecordError, match=f"{path} was changed after the run.*restore it"):
+        records.read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[]", "not a record"),
+        ("{}", "not a record"),
+        ('{"format": 2}', "not a record of format 1"),
+        ('{"format": 1}', "digest"),
+    ],
+)
+def test_something_else_is_refused(tmp_path, content, message):
+    path = tmp_path / "file.json"
+    path.write_text(content)
+    with pytest.raises(RecordError, match=f"{path}.*{message}"):
+        records.read(path)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "file.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(RecordError, match="not JSON"):
+        records.read(tmp_path / "file.json")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_half_a_record_is_refused(tmp_path, share):
+    path = records.write(record(), tmp_path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(RecordError, match=str(path)):
+        records.read(path)
+
+
+@pytest.mark.parametrize("fields", ["too few", "too many"])
+def test_a_record_with_other_fields_is_refused(tmp_path, fields):
+    body = {"format": 1, **dataclasses.asdict(record())}
+    body.pop("cost") if fields == "too few" else body.update(mood="good")
+    path = tmp_path / "smoke-s0.json"
+    path.write_text(json.dumps({**body, "digest": records._digest(body)}))
+    with pytest.raises(RecordError, match="cost" if fields == "too few" else "mood"):
+        records.read(path)
+
+
+@pytest.mark.parametrize("name", ["advbn/smoke-s1.json", "advbn/cpu-s0.json", "clean_finetuning/smoke-s0.json"])
+def test_a_record_under_another_name_is_refused(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(records.write(record(), tmp_path / "right").read_bytes())
+    with pytest.raises(RecordError, match="its name should say so"):
+        records.read(path)
+
+
+def test_a_missing_record_is_named(tmp_path):
+    with pytest.raises(RecordError, match="there is no record .*nothing.json"):
+        records.read(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_not_written(tmp_path, bad):
+    path = records.write(record(), tmp_path)
+    with pytest.raises(ValueError):
+        records.write(record(clean=bad), tmp_path)
+    assert records.read(path) == record()
+
+
+def test_loading_is_by_preset_and_in_order_of_the_seeds(tmp_path):
+    for seed in (10, 2, 0):
+        records.write(record(seed), tmp_path)
+    records.write(record(5, preset="cpu"), tmp_path)
+    records.write(record(1, "untouched"), tmp_path)
+    assert [found.seed for found in records.load("advbn", "smoke", tmp_path)] == [0, 2, 10]
+    assert [found.seed for found in records.load("advbn", "cpu", tmp_path)] == [5]
+    assert records.load("advbn", "gpu", tmp_path) == records.load("nothing", "cpu", tmp_path) == []
+    assert [(found.experiment, found.preset, found.seed) for found in records.load_all(tmp_path)] == [
+        ("advbn", "cpu", 5), ("advbn", "smoke", 0), ("advbn", "smoke", 2), ("advbn", "smoke", 10), ("untouched", "smoke", 1),
+    ]  # fmt: skip
+
+
+def test_one_damaged_record_is_not_passed_over(tmp_path):
+    records.write(record(0), tmp_path)
+    records.write(record(1), tmp_path).write_text("{}")
+    with pytest.raises(RecordError, match="s1.json"):
+        records.load("advbn", "smoke", tmp_path)
+
+
+def test_the_default_folder_is_the_checkouts_unless_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("ADVBN_RECORDS", raising=False)
+    if (ROOT / "pyproject.toml").is_file():
+        assert records.default_folder() == ROOT / "records"
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "site-packages" / "advbn_lib" / "records.py"))
+    assert records.default_folder() == tmp_path / "site-packages" / "advbn_lib" / "_records"
+    monkeypatch.setenv("ADVBN_RECORDS", str(tmp_path))
+    assert records.default_folder() == tmp_path
+    assert records.write(record()) == tmp_path / "advbn" / "smoke-s0.json"
+
+
+def test_a_metric_is_found_by_its_path():
+    assert record().metric("accuracy/clean/contrast-3") == 0.1 + 0.2
+    assert record().metric("cost/train_seconds") == 12.0
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("accuracy/clean/contrast-4", "at 'contrast-4' there is clean, contrast-3"), ("accurcy", "at 'accurcy' there is cost, accuracy"),
+        ("accuracy/clean", "not a number.*contrast-3"), ("accuracy/clean/clean/more", "at 'more' there is a number"),
+        ("cost/peak_memory_mib", "not a number"), ("", "no ''"),
+    ],
+)  # fmt: skip
+def test_a_metric_that_is_not_there_is_refused_with_what_is(path, message):
+    with pytest.raises(RecordError, match=message):
+        record().metric(path)
+
+
+@pytest.mark.parametrize("n", range(2, 41))
+def test_the_interval_is_students(n):
+    values = np.random.default_rng(n).normal(0.7, 0.1, n)
+    low, high = stats.t.interval(0.95, n - 1, values.mean(), stats.sem(values))
+    found = records.aggregate(with_values(values.tolist()), "accuracy/clean/clean")
+    assert found.n == n and found.mean == pytest.approx(values.mean())
+    assert found.low == pytest.approx(low, abs=5e-4 * stats.sem(values) * 2) and found.high == pytest.approx(
+        high, abs=5e-4 * stats.sem(values) * 2
+    )
+
+
+def test_one_value_has_no_interval():
+    found = records.aggregate([record()], "accuracy/clean/clean")
+    assert (found.mean, found.n) == (0.9, 1) and math.isnan(found.low) and math.isnan(found.high)
+
+
+def test_no_value_has_no_mean():
+    with pytest.raises(RecordError, match="run the experiment"):
+        records.aggregate([], "accuracy/clean/clean")
+
+
+def test_a_difference_is_paired_by_seed():
+    first, second = [0.70, 0.75, 0.83], [0.60, 0.66, 0.72]
+    found = records.difference(
+        with_values(first)[::-1], with_values([*second, 0.1], "untouched"), "accuracy/clean/clean"
+    )
+    expected = stats.ttest_rel(first, second).confidence_interval(0.95)
+    assert found.n == 3 and found.mean == pytest.approx(0.1)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_a_difference_can_be_between_branches():
+    found = records.difference(
+        with_values([0.9, 0.8]), with_values([0.9, 0.8]), "accuracy/clean/clean", "accuracy/adversarial/clean"
+    )
+    assert found.mean == pytest.approx(0.05)
+
+
+def test_no_seed_in_common_is_an_error():
+    with pytest.raises(RecordError, match="no seed in common"):
+        records.difference([record(0)], [record(1)], "accuracy/clean/clean")
+
+
+def test_there_are_records_only_in_folders_that_mean_something():
+    assert {path.parent.name for path in COMMITTED} <= {*EXPERIMENTS, *BENCHMARKS}
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_committed_record_can_be_read_and_its_configuration_is_known(path: Path):
+    found = records.read(path)
+    assert found.preset in PRESETS
+    if found.experiment in EXPERIMENTS:
+        assert found.config == prepare(found.experiment, found.preset, found.seed, "cpu").config
+        shares = [share for table in found.metrics["accuracy"].values() for share in table.values()]
+        assert shares and all(0 <= share <= 1 for share in shares)
