@@ -177,11 +177,13 @@ def explain_failure(layout: Layout, notebook: Path, partial: Path, error) -> str
 
 
 def strip_run_traces(node) -> None:
-    """Drop papermill's notes: they hold this machine's paths and the time of day."""
+    """Drop papermill's notes, which hold this machine's paths and the time of day, and hide the cell that it put in."""
     node.metadata.pop("papermill", None)
     for cell in node.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.metadata.tags.append("remove-cell")
 
 
 def run_notebooks(layout: Layout, preset: str) -> list[Path]:
