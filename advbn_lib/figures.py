@@ -60,6 +60,25 @@ def as_html(figure: Figure, alt: str) -> str:
     return f'<img alt="{words}" width="{width}" style="{style}" src="data:image/png;base64,{data}">'
 
 
+def show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Put a table of texts on the page; works where :func:`show` does.
+
+    Raises:
+        ValueError: a row is not as long as the head.
+    """
+    from IPython.display import display
+
+    display({"text/markdown": as_markdown(head, rows), "text/plain": "\n".join("\t".join(row) for row in [head, *rows])}, raw=True)
+
+
+def as_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown. Raises ValueError if a row is not as long as the head."""
+    if any(len(row) != len(head) for row in rows):
+        raise ValueError(f"every row needs {len(head)} cells, as the head has")
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None, title: str = "") -> Figure:
     """Images in a grid: one row per entry, its name at the left.
 

@@ -17,9 +17,15 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from advbn_lib import figures
+from advbn_lib.data.shifts import Shift
+from advbn_lib.records import Estimate
 
 ALT = "Two lines that cross."
-NAMES = ("image_grid", "channel_grid", "curves", "bars", "strips", "instance_and_batch", "sorted_factors", "against")
+NAMES = (
+    "image_grid", "channel_grid", "curves", "bars", "strips", "instance_and_batch", "sorted_factors", "against",
+    "shift_gallery", "accuracy_dots", "difference_forest",
+)  # fmt: skip
+ESTIMATES = {"clean": Estimate(0.9, 0.88, 0.92, 3), "contrast-3": Estimate(0.5, 0.4, 0.6, 3)}
 LINES = {"one": [1.0, 2.0, 3.0], "two": [3.0, 2.0, 1.0]}
 
 
@@ -33,6 +39,9 @@ def make_all() -> dict:
         "strips": figures.strips({"a": [1.0, 2.0, 9.0], "b": [10.0]}, ylabel="y", title="t", log=True),
         "instance_and_batch": figures.instance_and_batch(torch.rand(5, 4), torch.rand(4), ylabel="y", title="t"),
         "sorted_factors": figures.sorted_factors({"m": torch.tensor([2.1, -0.1, 1.0])}, eps=1.1, title="t"),
+        "shift_gallery": figures.shift_gallery(images[0], [Shift("clean"), Shift("contrast", 1), Shift("contrast", 5), Shift("grey")]),
+        "accuracy_dots": figures.accuracy_dots({"AdvBN": ESTIMATES, "live": {"clean": 0.8, "contrast-3": 0.3}}, title="t"),
+        "difference_forest": figures.difference_forest({"a - b": ESTIMATES, "a - c": ESTIMATES}),
         "against": figures.against(torch.arange(3.0), {"g": torch.tensor([1.0, 0.0, 2.0])}, xlabel="x", ylabel="y", title="t"),
     }  # fmt: skip
 
@@ -200,3 +209,33 @@ def test_channel_grid_shows_all_channels_on_one_scale():
     assert [ax.get_title() for ax in visible] == ["the image", *(f"channel {i}" for i in range(6))]
     assert {ax.images[0].get_clim() for ax in visible[1:]} == {(0.0, float(features.max()))}
     assert len(figure.axes) - len(visible) == 1
+
+
+def test_accuracies_are_drawn_in_percent_with_their_intervals():
+    axis = figures.accuracy_dots({"AdvBN": ESTIMATES}).axes[0]
+    drawn = [tuple(np.round(line.get_xdata(), 6)) for line in axis.lines]
+    assert (88.0, 92.0) in drawn and (40.0, 60.0) in drawn
+    assert (90.0,) in drawn and (50.0,) in drawn
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["clean", "contrast, severity 3"]
+
+
+def test_differences_say_how_many_seeds_and_where_zero_is():
+    axis = figures.difference_forest({"a - b": ESTIMATES}).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["clean, n = 3", "contrast-3, n = 3"]
+    assert [0, 0] in [list(line.get_xdata()) for line in axis.lines]
+
+
+def test_the_gallery_puts_each_severity_in_its_column():
+    image = torch.rand(3, 8, 8)
+    figure = figures.shift_gallery(image, [Shift("clean"), Shift("brightness", 3), Shift("contrast", 1), Shift("contrast", 3)])
+    shown = np.array([axis.images[0].get_array() for axis in figure.axes]).reshape(2, 3, 8, 8, 3)
+    assert np.allclose(shown[:, 0], image.permute(1, 2, 0))
+    assert np.allclose(shown[0, 1], 1), "brightness has no severity 1 here: the place stays white"
+    assert shown[1, 2].std() < shown[1, 1].std() < shown[1, 0].std(), "less contrast to the right"
+
+
+def test_a_table_is_markdown_and_its_rows_are_whole():
+    text = figures.as_markdown(["a", "b"], [["1", "x|y"]])
+    assert text == "| a | b |\n| --- | --- |\n| 1 | x\\|y |"
+    with pytest.raises(ValueError, match="2 cells"):
+        figures.as_markdown(["a", "b"], [["1"]])
