@@ -14,7 +14,7 @@ from advbn_lib.benchmarks import BENCHMARKS, run_benchmark
 from advbn_lib.checkpoints import CheckpointError
 from advbn_lib.data.images import DataError
 from advbn_lib.experiments import EXPERIMENTS, PRESETS
-from advbn_lib.running import is_current, prepare, run
+from advbn_lib.running import Run, is_current, prepare, run, train_method
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     running.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints (default: runs)")
     running.add_argument("--again", action="store_true", help="run also if there is a current record")
+    running.add_argument("--train-only", action="store_true", help="keep the trained weights; a later run tests them")
     running.add_argument("--quiet", action="store_true", help="no progress bars")
     running.set_defaults(command=_run)
 
@@ -86,6 +87,10 @@ def _run(options: argparse.Namespace) -> None:
         if options.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
+    if options.train_only:
+        for seed in options.seed:
+            train_method(_job(options, seed), options.again)
+        return
     for seed in options.seed:
         record = _benchmark(options, seed) if options.experiment in BENCHMARKS else _experiment(options, seed)
         print(records.path_of(record.experiment, record.preset, record.seed, options.records))
@@ -97,11 +102,14 @@ def _benchmark(options: argparse.Namespace, seed: int) -> records.Record:
 
 
 def _experiment(options: argparse.Namespace, seed: int) -> records.Record:
-    job = prepare(
+    return run(_job(options, seed), options.again)
+
+
+def _job(options: argparse.Namespace, seed: int) -> Run:
+    return prepare(
         options.experiment, options.preset, seed, options.device,
         records_folder=options.records, runs_folder=options.runs, show_progress=not options.quiet,
     )  # fmt: skip
-    return run(job, options.again)
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -22,7 +22,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says, and the comparison that decides: ``first`` minus ``second``, paired by seed, must exceed ``above``."""
+    """What a paper says, and the comparison that decides: ``first`` minus ``second``, paired by seed, must exceed ``above``.
+
+    It is decided at each of ``presets`` by itself.
+    """
 
     id: str
     paper: str
@@ -30,6 +33,7 @@ class Claim:
     first: Side
     second: Side
     above: float
+    presets: tuple[str, ...] = ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def read_claims(path: Path) -> list[Claim]:
 
     rows = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
-        claims = [Claim(**{**row, "first": Side(**row["first"]), "second": Side(**row["second"])}) for row in rows]
+        sides = [{side: Side(**row[side]) for side in ("first", "second")} for row in rows]
+        claims = [Claim(**{**row, "presets": tuple(row["presets"]), **pair}) for row, pair in zip(rows, sides)]
     except (TypeError, KeyError) as error:
         raise RecordError(f"{path}: an entry is not a claim: {error}") from error
     if len({claim.id for claim in claims}) < len(claims):

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from statistics import fmean
+from typing import Literal
 
 import torch
 
+from advbn_lib.data.cifar10c import load_cifar10c
 from advbn_lib.data.images import ImageSet
-from advbn_lib.data.shifts import FAMILIES, Shift, parse_shift
+from advbn_lib.data.shifts import CORRUPTIONS, FAMILIES, Shift
 from advbn_lib.methods.base import Method
 from advbn_lib.modes import evaluating
 from advbn_lib.progress import progress
+from advbn_lib.training import computing_in
 
 CHUNK = 500  # fixed: the noise of a shifted test set depends on it
 NOISE_SEED = 20_09_08965  # every run is tested on the same noise
 
 
 @torch.no_grad()
-def accuracy(method: Method, test: ImageSet, shift: Shift) -> dict[str, float]:
+def accuracy(
+    method: Method, test: ImageSet, shift: Shift = Shift("clean"), precision: torch.dtype = torch.float32
+) -> dict[str, float]:
     """Share of right answers, from 0 to 1, of each of ``method.branches`` on the shifted test set.
 
     The shifted images depend on the test set and the shift alone (and, for random shifts, on the kind of device).
@@ -26,36 +31,64 @@ def accuracy(method: Method, test: ImageSet, shift: Shift) -> dict[str, float]:
     device = test.images.device
     generator = torch.Generator(device).manual_seed(NOISE_SEED)
     right = dict.fromkeys(method.branches, torch.zeros((), dtype=torch.int64, device=device))
-    with evaluating(method):
+    with evaluating(method), computing_in(precision, device):
         for images, labels in zip(test.images.split(CHUNK), test.labels.split(CHUNK)):
             shifted = test.normalise(shift(images.float() / 255, generator)).contiguous(
                 memory_format=torch.channels_last
             )
-            for branch in method.branches:
-                right[branch] = right[branch] + (method.predict(shifted, branch).argmax(1) == labels).sum()
+            for branch, logits in method.predictions(shifted).items():
+                right[branch] = right[branch] + (logits.argmax(1) == labels).sum()
     return {branch: count.item() / len(test) for branch, count in right.items()}
 
 
 def accuracies(
-    method: Method, test: ImageSet, shifts: Iterable[Shift], show_progress: bool = True
-) -> dict[str, dict[str, float]]:
-    """:func:`accuracy` for several shifts: ``{branch: {shift: share}}``."""
+    method: Method, test: ImageSet, shifts: Iterable[Shift], show_progress: bool = True, *, parts: int = 1,
+    corruptions: Literal["computed", "stored"] = "computed", precision: torch.dtype = torch.float32,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """:func:`accuracy` for several shifts: ``{branch: {shift: share}}``.
+
+    Args:
+        parts: with 5, each of the five severities of a shift is tested on another fifth of the images, so that the shift as a
+            whole is tested on all of them, at a fifth of the cost. Clean images are always tested in full.
+        corruptions: ``"stored"``: take those of CIFAR-10-C from its files; ``test`` must then be CIFAR-10's.
+        precision: what convolutions and matrix products compute in.
+
+    Raises:
+        DataError: the stored files are missing or damaged.
+    """
     shifts = list(shifts)
     table: dict[str, dict[str, float]] = {branch: {} for branch in method.branches}
-    for shift in progress(shifts, "test", show_progress):
-        for branch, share in accuracy(method, test, shift).items():
+    for shift, index in progress(list(zip(shifts, _part_indices(shifts, parts))), "test", show_progress):
+        chosen = test
+        if corruptions == "stored" and shift.name in CORRUPTIONS:
+            stored = load_cifar10c(shift.name, shift.severity).first(len(test))
+            chosen, shift_itself = stored.to(test.images.device), Shift("clean")
+        else:
+            shift_itself = shift
+        if shift.name != "clean":
+            chosen = chosen.part(index, parts)
+        for branch, share in accuracy(method, chosen, shift_itself, precision).items():
             table[branch][str(shift)] = share
     return table
 
 
+def _part_indices(shifts: list[Shift], parts: int) -> list[int]:
+    """The severity says which part; shifts without degrees take the parts in turn."""
+    indices, turn = [], 0
+    for shift in shifts:
+        indices.append((shift.severity - 1 if shift.severity else turn) % parts)
+        turn += shift.severity == 0 and shift.name != "clean"
+    return indices
+
+
 def family_means(table: dict[str, float]) -> dict[str, float]:
-    """Mean accuracy under each family of shifts (``corruptions``, ``style``) that ``table`` (one branch) has some of.
+    """Mean accuracy under each family of shifts (``corruptions``, ``style``, ...) that ``table`` (one branch) has some of.
 
     The severities of a shift are averaged first, so that a shift counts once however many degrees of it were tested.
     """
     by_name: dict[str, list[float]] = {}
     for shift, share in table.items():
-        by_name.setdefault(parse_shift(shift).name, []).append(share)
+        by_name.setdefault(shift.rpartition("-")[0] or shift, []).append(share)
     means = {}
     for family, names in FAMILIES.items():
         tested = [fmean(by_name[name]) for name in names if name in by_name]

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,25 @@ import torch
 from torch import nn
 
 from advbn_lib import records
-from advbn_lib.checkpoints import read_checkpoint, save_checkpoint
-from advbn_lib.data.images import ImageSet
+from advbn_lib.checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
+from advbn_lib.data.frost import frost_overlays
+from advbn_lib.data.images import DataError, ImageSet
 from advbn_lib.data.loader import DeviceLoader
 from advbn_lib.data.sets import load_images
-from advbn_lib.data.shifts import parse_shift
-from advbn_lib.evaluation import accuracies, family_means
+from advbn_lib.data.shifts import Shift, parse_shift
+from advbn_lib.evaluation import accuracies, accuracy, family_means
 from advbn_lib.experiments import Experiment, Preset, find
 from advbn_lib.methods.base import Method
 from advbn_lib.models.cifar_resnet import CifarResNet, load_published_weights, resnet18_for_cifar
 from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, state_checksum, versions
-from advbn_lib.training import History, precision_on, train
+from advbn_lib.training import History, Schedule, precision_on, train
 from advbn_lib.weights import published_weights
 
-# What goes into a record's key, beside the method's own module. Not this module, which is about records and folders: what it
-# hands on (schedule, seed, starting weights) stands in the configuration.
-USED_BY_EVERY_RUN = tuple(
-    f"advbn_lib.{name}" for name in ("training", "evaluation", "models.cifar_resnet", "data.sets", "weights")
-)
+# What decides about trained weights, and what besides about a record: the method's own module comes on top. Not this module, which
+# is about records and folders: what it hands on (schedule, seed, starting weights) stands in the configuration. Nor the readers
+# of data sets: a set's checksum says what was read.
+TRAINING_CODE = ("advbn_lib.training", "advbn_lib.data.loader", "advbn_lib.models.cifar_resnet", "advbn_lib.weights")
+TESTING_CODE = ("advbn_lib.evaluation",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Its checkpoints."""
-        return self.runs_folder / self.experiment.name / f"{self.preset_name}-s{self.seed}"
+        """Its checkpoints; a preset that only tests on other files (``cpu_stored``) shares those of the one it is made from."""
+        return self.runs_folder / self.experiment.name / f"{self.preset_name.removesuffix('_stored')}-s{self.seed}"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -67,12 +69,49 @@ class Run:
             "seed": self.seed,
             **dataclasses.asdict(self.preset),
         }
+        del config["about"]  # words
         return json.loads(json.dumps(config))  # tuples become lists, as when read from a file
 
     @property
+    def precision(self) -> torch.dtype:
+        """What convolutions compute in, in training and in tests."""
+        return torch.float32 if self.preset.precision == "float32" else precision_on(self.device)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """None: nothing is trained."""
+        return {"none": None, "pretraining": self.preset.pretraining, "fine_tuning": self.preset.fine_tuning}[
+            self.experiment.stage
+        ]
+
+    @property
+    def training_code(self) -> str:
+        """Hash of the code that its weights depend on."""
+        return code_hash([*TRAINING_CODE, self.experiment.method.trains.__module__])
+
+    @property
     def code(self) -> str:
-        """Hash of the code that it uses."""
-        return code_hash([*USED_BY_EVERY_RUN, self.experiment.method.trains.__module__])
+        """Hash of the code that its numbers depend on."""
+        return code_hash([*TRAINING_CODE, *TESTING_CODE, self.experiment.method.trains.__module__])
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained method.
+
+    Attributes:
+        history: of its losses. key: equal keys, equal weights.
+        data: what it was trained on. weights: what it started from.
+        hardware, peak_memory_mib: of the training.
+    """
+
+    method: Method
+    history: History
+    key: str
+    data: dict[str, Any]
+    weights: dict[str, Any]
+    hardware: dict[str, Any]
+    peak_memory_mib: float | None
 
 
 def prepare(
@@ -90,60 +129,106 @@ def prepare(
 
 
 def run(job: Run, again: bool = False) -> records.Record:
-    """Do the run, from its checkpoint on if there is one, and write its record.
+    """Train, test, and write the record; from a checkpoint on if there is one.
 
-    If a record with the same key is there already, it is returned and nothing is run, unless ``again`` is True. The
-    checkpoint is removed when the record is written; the final weights stay, in ``final.pt``.
+    If a record with the same key is there already, it is returned and nothing is run. If the training was done before with the
+    same key, its weights (``final.pt``) are taken and only tested: a new shift costs no new training. Unless ``again`` is True.
     """
-    started = time.perf_counter()
-    train_set, test_set = (load_images(job.preset.data, split) for split in ("train", "test"))
-    train_set, test_set = train_set.first(job.preset.train_images), test_set.first(job.preset.test_images)
-    network, weights = start_network(job)
-    data = {images.name: {"images": len(images), "sha256": images.checksum} for images in (train_set, test_set)}
-    key = _key(job, data, weights)
     path = records.path_of(job.experiment.name, job.preset_name, job.seed, job.records_folder)
-    if path.exists() and not again and (old := records.read(path)).key == key:
-        return old
-    torch.manual_seed(job.seed)
-    method = job.experiment.method.build(network.to(job.device, memory_format=torch.channels_last)).to(job.device)
-    checkpoint = job.folder / f"training-{key[:12]}.pt"  # by its key: one of an older configuration is not in the way
-    history = _train(job, method, train_set, checkpoint, key)
-    trained = time.perf_counter()
-    accuracy = accuracies(method, test_set.to(job.device), map(parse_shift, job.preset.shifts), job.show_progress)
-    tested = time.perf_counter()
-    save_checkpoint(job.folder / "final.pt", {"model": method.model}, {}, key)
-    cost = {
-        "train_seconds": round(history.seconds, 2),
-        "test_seconds": round(tested - trained, 2),
-        "wall_seconds": round(tested - started, 2),
-        "peak_memory_mib": peak_memory_mib(job.device),
-    }
-    record = _record(job, key, accuracy, history, cost, data, weights)
+    tests = test_sets(job)
+    shifts, left_out = _usable(job.preset)
+    described = {images.name: _describe(images) for images in tests.values()} | left_out
+    if path.exists() and not again:
+        train_set, (network, weights) = training_images(job), start_network(job)
+        if (old := records.read(path)).key == _key(job, _training_key(job, train_set, weights), described):
+            return old
+    trained = train_method(job, again)
+    started = time.perf_counter()
+    options = {"corruptions": job.preset.corruptions, "precision": job.precision}
+    main, *elsewhere = tests.values()
+    table = accuracies(trained.method, main, shifts, job.show_progress, parts=job.preset.parts, **options)
+    for images in elsewhere:
+        for branch, share in accuracy(trained.method, images, precision=job.precision).items():
+            table[branch][_domain(images)] = share
+    record = _record(job, trained, table, described, round(time.perf_counter() - started, 2))
     records.write(record, job.records_folder)
-    checkpoint.unlink(missing_ok=True)
     return record
 
 
+def train_method(job: Run, again: bool = False) -> Trained:
+    """The experiment's method, trained; read from ``final.pt`` if that was written by the same training, unless ``again``."""
+    train_set, (network, weights) = training_images(job), start_network(job)
+    key = _training_key(job, train_set, weights)
+    torch.manual_seed(job.seed)
+    network = network.to(job.device, memory_format=torch.channels_last)
+    method = job.experiment.method.build(network, train_set).to(job.device)
+    final, parts = job.folder / "final.pt", {"model": method.model}
+    if again or not final.exists() or read_checkpoint(final)["key"] != key:
+        history = _train(job, method, train_set, key)
+        machine = {**hardware(job.device), "precision": str(job.precision).removeprefix("torch.")}
+        done = {"history": dataclasses.asdict(history), "hardware": machine, "memory": peak_memory_mib(job.device)}
+        save_checkpoint(final, parts, done, key)
+        _checkpoint(job, key).unlink(missing_ok=True)
+    done = load_checkpoint(final, parts, key)
+    data = {train_set.name: _describe(train_set)}
+    return Trained(method, History(**done["history"]), key, data, weights, done["hardware"], done["memory"])
+
+
+def training_images(job: Run) -> ImageSet:
+    """What the run trains on."""
+    images, size = load_images(job.preset.data, "train"), job.preset
+    if job.experiment.stage == "pretraining":
+        return images.first(size.pretraining_images)
+    return images.first(size.train_images, size.first_train_image)
+
+
+def test_sets(job: Run) -> dict[str, ImageSet]:
+    """What the run is tested on, by name: first the set that is shifted, then those of ``elsewhere``, on the run's device."""
+    main = load_images(job.preset.data, "test").first(job.preset.test_images)
+    sets = [main, *(load_images(name, "test") for name in job.preset.elsewhere)]
+    return {images.name: images.to(job.device) for images in sets}
+
+
+def _usable(preset: Preset) -> tuple[list[Shift], dict[str, Any]]:
+    """The shifts that can be made here; those that cannot, for want of the frost pictures, are named in the record."""
+    shifts = [parse_shift(text) for text in preset.shifts]
+    frosted = [shift for shift in shifts if shift.name == "frost" and preset.corruptions == "computed"]
+    try:
+        if frosted:
+            frost_overlays()
+    except DataError as error:
+        warnings.warn(f"frost is left out, 14 of 15 corruptions remain: {error}", stacklevel=3)
+        left_out = {"shifts": [str(shift) for shift in frosted], "why": "the frost pictures are missing or damaged"}
+        return [shift for shift in shifts if shift not in frosted], {"left_out": left_out}
+    return shifts, {}
+
+
 def _record(
-    job: Run, key: str, accuracy: dict, history: History, cost: dict, data: dict, weights: dict
+    job: Run, trained: Trained, table: dict[str, dict[str, float]], tested_on: dict[str, Any], test_seconds: float
 ) -> records.Record:
+    losses, train_seconds = trained.history.losses, round(trained.history.seconds, 2)
     return records.Record(
         experiment=job.experiment.name,
         preset=job.preset_name,
         seed=job.seed,
-        key=key,
+        key=_key(job, trained.key, tested_on),
         config=job.config,
-        metrics={"accuracy": accuracy, "mean": {branch: family_means(table) for branch, table in accuracy.items()}},
+        metrics={"accuracy": table, "mean": {branch: family_means(shares) for branch, shares in table.items()}},
         curves={
-            "clean_loss": [clean for clean, _ in history.losses],
-            "adversarial_loss": [adversarial for _, adversarial in history.losses],
+            "clean_loss": [clean for clean, _ in losses],
+            "adversarial_loss": [adversarial for _, adversarial in losses],
         },
-        cost=cost,
-        hardware={**hardware(job.device), "precision": str(precision_on(job.device)).removeprefix("torch.")},
+        cost={
+            "train_seconds": train_seconds,
+            "test_seconds": test_seconds,
+            "wall_seconds": round(train_seconds + test_seconds, 2),
+            "peak_memory_mib": trained.peak_memory_mib,
+        },
+        hardware=trained.hardware,
         versions=versions(),
         code={"hash": job.code, **git_state()},
-        data=data,
-        weights=weights,
+        data={**trained.data, **tested_on},
+        weights=trained.weights,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
@@ -177,24 +262,32 @@ def choose_device(name: str | None = None) -> torch.device:
 def start_network(job: Run) -> tuple[nn.Module, dict[str, Any]]:
     """The network that the run starts from, and what its weights are (``source`` and ``sha256``)."""
     torch.manual_seed(job.seed)
-    network = new_network(job.preset.network)
-    if job.experiment.stage == "pretraining":
+    classes = len(load_images(job.preset.data, "train").classes)
+    network = new_network(job.preset.network, classes)
+    start = job.preset.pretraining_start if job.experiment.stage == "pretraining" else job.preset.start
+    if start == "new":
         source = f"new, seed {job.seed}"
-    elif job.preset.start == "published":
+    elif start == "published":
         path = published_weights(job.preset.network)
-        load_published_weights(network, path)
+        published = new_network(job.preset.network)
+        load_published_weights(published, path)
         source = path.name
+        if classes == 10:
+            network = published
+        else:
+            published.fc = network.fc
+            network, source = published, f"{path.name}, but a new last layer, seed {job.seed}"
     else:
         network.load_state_dict(_pretrained(job))
         source = f"pretrain, {job.preset_name}, seed {job.seed}"
     return network, {"source": source, "sha256": state_checksum(network.state_dict())}
 
 
-def new_network(name: str) -> nn.Module:
-    """``"resnet8"`` (for smoke tests), ``"resnet20"`` and so on (CIFAR ResNets), or ``"resnet18"`` with a 32x32 stem; 10 classes."""
+def new_network(name: str, classes: int = 10) -> nn.Module:
+    """``"resnet8"`` (for smoke tests), ``"resnet20"`` and so on (CIFAR ResNets), or ``"resnet18"`` with a 32x32 stem."""
     if name == "resnet18":
-        return resnet18_for_cifar()
-    return CifarResNet(int(name.removeprefix("resnet")))
+        return resnet18_for_cifar(classes)
+    return CifarResNet(int(name.removeprefix("resnet")), num_classes=classes)
 
 
 def is_current(job: Run, record: records.Record) -> bool:
@@ -204,23 +297,48 @@ def is_current(job: Run, record: records.Record) -> bool:
 
 def _pretrained(job: Run) -> dict[str, torch.Tensor]:
     experiment, _ = find("pretrain", job.preset_name)
-    before = dataclasses.replace(job, experiment=experiment)
-    record, final = run(before), before.folder / "final.pt"
-    if not final.exists() or read_checkpoint(final)["key"] != record.key:
-        record = run(before, again=True)  # the record is here (it is committed), but not the weights
-    return read_checkpoint(final)["parts"]["model"]
+    return train_method(dataclasses.replace(job, experiment=experiment)).method.model.state_dict()
 
 
-def _train(job: Run, method: Method, train_set: ImageSet, checkpoint: Path, key: str) -> History:
-    schedule = {"none": None, "pretraining": job.preset.pretraining, "fine_tuning": job.preset.fine_tuning}[
-        job.experiment.stage
-    ]
-    if schedule is None:
+def _train(job: Run, method: Method, train_set: ImageSet, key: str) -> History:
+    if job.schedule is None:
         return History()
-    loader = DeviceLoader(train_set, schedule.batch_size, job.seed, job.device, flip=job.preset.data != "digits")
-    return train(method, loader, schedule, checkpoint, key, show_progress=job.show_progress)
+    loader = DeviceLoader(train_set, job.schedule.batch_size, job.seed, job.device, flip=job.preset.data != "digits")
+    return train(
+        method, loader, job.schedule, _checkpoint(job, key), key, show_progress=job.show_progress, precision=job.precision
+    )
 
 
-def _key(job: Run, data: dict[str, Any], weights: dict[str, Any]) -> str:
-    identity = {"config": job.config, "code": job.code, "data": data, "weights": weights["sha256"]}
+def _checkpoint(job: Run, key: str) -> Path:
+    return job.folder / f"training-{key[:12]}.pt"  # by its key: one of an older configuration is not in the way
+
+
+def _describe(images: ImageSet) -> dict[str, Any]:
+    return {"images": len(images), "sha256": images.checksum, "mean": list(images.mean), "std": list(images.std)}
+
+
+def _domain(images: ImageSet) -> str:
+    """``"art_painting"`` for ``"pacs/art_painting..."``."""
+    return images.name.split("/")[1].split(",")[0]
+
+
+def _training_key(job: Run, train_set: ImageSet, weights: dict[str, Any]) -> str:
+    return _digest({
+        "method": job.config["method"],
+        "stage": job.experiment.stage,
+        "network": job.preset.network,
+        "schedule": job.schedule and dataclasses.asdict(job.schedule),
+        "precision": str(job.precision),
+        "seed": job.seed,
+        "code": job.training_code,
+        "data": _describe(train_set),
+        "weights": weights["sha256"],
+    })  # fmt: skip
+
+
+def _key(job: Run, training_key: str, tested_on: dict[str, Any]) -> str:
+    return _digest({"config": job.config, "code": job.code, "training": training_key, "data": tested_on})
+
+
+def _digest(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -119,6 +119,16 @@ class _Tracer(fx.Tracer):
         # A module without children has no structure to cut. Kept whole, it also follows later changes of its own mode.
         return isinstance(m, (_BatchNorm, DualBatchNorm)) or not any(True for _ in m.children())
 
+    def create_arg(self, a):
+        # torch.fx would leave a tensor that the forward makes on the model, as an attribute. It goes into the graph instead.
+        if isinstance(a, Tensor) and a not in self.tensor_attrs and not any(a is p for p in self._own_tensors()):
+            return self.create_node("call_function", _constant(a), (), {})
+        return super().create_arg(a)
+
+    def _own_tensors(self):
+        yield from self.root.parameters()
+        yield from self.root.buffers()
+
     def call_module(self, m, forward, args, kwargs):
         depth = len(self.module_stack)
         try:
@@ -129,6 +139,13 @@ class _Tracer(fx.Tracer):
             output = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
         self.outputs.setdefault(self.path_of_module(m), []).append(output)
         return output
+
+
+def _constant(value: Tensor) -> Callable[[], Tensor]:
+    def tensor_constant() -> Tensor:
+        return value.clone()
+
+    return tensor_constant
 
 
 def _trace(model: nn.Module, training: bool) -> tuple[fx.Graph, dict[str, list]]:

@@ -112,7 +112,6 @@ def test_a_refused_split_leaves_the_model_as_it_was():
     assert_same_traces(before, traces(model))
 
 
-@pytest.mark.xfail(strict=True, reason="torch.fx keeps a tensor that a forward makes as an attribute of the model it traces")
 def test_a_model_that_makes_tensors_in_its_forward_gets_no_new_attribute():
     class Ramp(nn.Module):
         def __init__(self):

@@ -62,17 +62,28 @@ class ImageSet:
         digest.update(self.labels.cpu().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def first(self, count: int | None) -> ImageSet:
-        """The first ``count`` images, in the data set's own order; all if None.
+    def first(self, count: int | None, start: int = 0) -> ImageSet:
+        """``count`` images from number ``start`` on, in the data set's own order; all that are left if None.
 
         Raises:
             DataError: if there are fewer.
         """
-        if count is None:
+        if count is None and start == 0:
             return self
-        if not 0 < count <= len(self):
-            raise DataError(f"{self.name}: asked for the first {count} images, but it has {len(self)}")
-        return dataclasses.replace(self, images=self.images[:count], labels=self.labels[:count])
+        end = len(self) if count is None else start + count
+        if not 0 <= start < end <= len(self):
+            raise DataError(f"{self.name}: asked for images {start} to {end - 1}, but it has {len(self)}")
+        return dataclasses.replace(self, images=self.images[start:end], labels=self.labels[start:end])
+
+    def part(self, index: int, parts: int) -> ImageSet:
+        """Every ``parts``-th image from number ``index`` on: the parts 0 to ``parts - 1`` share the set out.
+
+        Raises:
+            DataError: no such part, or it would be empty.
+        """
+        if not 0 <= index < parts <= len(self):
+            raise DataError(f"{self.name}: there is no part {index} of {parts} of its {len(self)} images")
+        return dataclasses.replace(self, images=self.images[index::parts], labels=self.labels[index::parts])
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on another device."""

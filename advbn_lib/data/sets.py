@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from advbn_lib.data.cifar10 import load_cifar10
 from advbn_lib.data.digits import load_digits
 from advbn_lib.data.images import DataError, ImageSet
+from advbn_lib.data.pacs import load_pacs_split
 
-DATA_SETS = {"cifar10": load_cifar10, "digits": load_digits}
+DATA_SETS: dict[str, Callable[[Literal["train", "test"]], ImageSet]] = {
+    "cifar10": load_cifar10,
+    "digits": load_digits,
+    **{f"pacs/{domain}": partial(load_pacs_split, domain) for domain in ("photo", "art_painting", "cartoon", "sketch")},
+}
 
 
 def load_images(name: str, split: Literal["train", "test"]) -> ImageSet:

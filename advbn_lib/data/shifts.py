@@ -1,9 +1,8 @@
 """Shifted test sets: what a classifier meets that it was not trained on.
 
-Sources: the corruptions are those of CIFAR-10-C (Hendrycks and Dietterich, ICLR 2019; constants of the released
-generator), computed here on the device. They are not the stored CIFAR-10-C files, whose pixels differ a little.
-
-A shift maps images in [0,1] (N,3,H,W) to images in [0,1], cut down to whole grey levels as the released generator does.
+Two kinds: the corruptions of CIFAR-10-C (:mod:`advbn_lib.data.corruptions`), computed here on the device, and changes of style
+(:mod:`advbn_lib.data.styles`). A shift maps images in [0,1] (N,3,H,W) to images in [0,1], cut down to whole grey levels as the
+released generator of CIFAR-10-C does.
 """
 
 from __future__ import annotations
@@ -12,14 +11,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-GAUSSIAN_NOISE = (0.04, 0.06, 0.08, 0.09, 0.10)
-BRIGHTNESS = (0.05, 0.1, 0.15, 0.2, 0.3)
-CONTRAST = (0.75, 0.5, 0.4, 0.3, 0.15)
-DEFOCUS_BLUR = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1))  # radius, smoothing
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+from advbn_lib.data.corruptions import CORRUPTIONS, EXTRA
+from advbn_lib.data.styles import STYLE_FAMILIES, STYLES
+from advbn_lib.data.styles import WITHOUT_SEVERITY as STYLES_WITHOUT_SEVERITY
+
+
+def _unchanged(x: Tensor, severity: int, generator: torch.Generator | None) -> Tensor:
+    return x
+
+
+SHIFTS: dict[str, Callable[[Tensor, int, torch.Generator | None], Tensor]] = {
+    "clean": _unchanged,
+    **CORRUPTIONS,
+    **EXTRA,
+    **STYLES,
+}
+WITHOUT_SEVERITY = ("clean", *STYLES_WITHOUT_SEVERITY)
+
+# A family's figure is the mean over its members; `corruptions` are the fifteen of CIFAR-10-C, whose four groups follow.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "corruptions": tuple(CORRUPTIONS),
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+    "style": tuple(STYLES),
+    **STYLE_FAMILIES,
+    "domains": ("art_painting", "cartoon", "sketch"),  # of PACS: other test sets, no shifts of one
+}
 
 
 @dataclass(frozen=True)
@@ -59,55 +80,3 @@ def parse_shift(text: str) -> Shift:
     if severity and not severity.isdigit():
         raise ValueError(f"a shift is written NAME or NAME-SEVERITY, got {text!r}")
     return Shift(name, int(severity or 0))
-
-
-def _gaussian_noise(x: Tensor, severity: int, generator: torch.Generator | None) -> Tensor:
-    return x + GAUSSIAN_NOISE[severity - 1] * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-
-
-def _brightness(x: Tensor, severity: int, generator: torch.Generator | None) -> Tensor:
-    """HSV: V + c. Hue and saturation stay, so each pixel is scaled by new V / old V; a black one becomes grey."""
-    value = x.amax(dim=1, keepdim=True)
-    brighter = (value + BRIGHTNESS[severity - 1]).clamp(0, 1)
-    return torch.where(value > 0, x * brighter / value.clamp_min(1e-8), brighter)
-
-
-def _contrast(x: Tensor, severity: int, generator: torch.Generator | None) -> Tensor:
-    mean = x.mean(dim=(2, 3), keepdim=True)
-    return (x - mean) * CONTRAST[severity - 1] + mean
-
-
-def _defocus_blur(x: Tensor, severity: int, generator: torch.Generator | None) -> Tensor:
-    radius, smoothing = DEFOCUS_BLUR[severity - 1]
-    kernel = _disk(radius, smoothing).to(x)
-    reach = kernel.shape[0] // 2
-    return F.conv2d(F.pad(x, [reach] * 4, mode="reflect"), kernel.expand(3, 1, -1, -1), groups=3)
-
-
-def _grey(x: Tensor, severity: int, generator: torch.Generator | None) -> Tensor:
-    weights = torch.tensor(LUMA, device=x.device, dtype=x.dtype).view(1, 3, 1, 1)
-    return (x * weights).sum(dim=1, keepdim=True).expand_as(x)
-
-
-def _disk(radius: float, smoothing: float) -> Tensor:
-    """A disk of this radius, smoothed by a 3x3 Gaussian; float64, sums to 1."""
-    reach = int(radius) + 1  # the smoothing widens it by one pixel
-    grid = torch.arange(-reach, reach + 1, dtype=torch.float64)
-    disk = ((grid[:, None] ** 2 + grid[None, :] ** 2) <= radius**2).double()
-    disk = disk / disk.sum()
-    bell = torch.exp(-(torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64) ** 2) / (2 * smoothing**2))
-    bell = bell / bell.sum()
-    return F.conv2d(disk[None, None], torch.outer(bell, bell)[None, None], padding=1)[0, 0]
-
-
-SHIFTS: dict[str, Callable[[Tensor, int, torch.Generator | None], Tensor]] = {
-    "clean": lambda x, severity, generator: x,
-    "gaussian_noise": _gaussian_noise,
-    "brightness": _brightness,
-    "contrast": _contrast,
-    "defocus_blur": _defocus_blur,
-    "grey": _grey,
-}
-WITHOUT_SEVERITY = ("clean", "grey")
-
-FAMILIES = {"corruptions": ("gaussian_noise", "brightness", "contrast", "defocus_blur"), "style": ("grey",)}

@@ -29,3 +29,10 @@ class RandomStatistics(PerturbedStatistics):
 
     def perturb(self, features: Tensor, labels: Tensor) -> Tensor:
         return self.perturbation.apply(features, self.perturbation.sample(features))
+
+
+class UnchangedStatistics(PerturbedStatistics):
+    """AdvBN with an ascent of no steps: both branches see the clean features. What the second BatchNorm set does by itself."""
+
+    def perturb(self, features: Tensor, labels: Tensor) -> Tensor:
+        return features

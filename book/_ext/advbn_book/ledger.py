@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class ClaimsLedger(SphinxDirective):
-    """``{claims-ledger} PRESET``: a table of the claims in ``book/claims.yml``, decided at that preset."""
+    """``{claims-ledger} PRESET``: a table of the claims in ``book/claims.yml`` that are decided at that preset."""
 
     required_arguments = 1
 
@@ -27,7 +27,8 @@ class ClaimsLedger(SphinxDirective):
         ledger = Path(self.env.srcdir) / "book" / "claims.yml"
         self.env.note_dependency(str(ledger))
         try:
-            findings = [claims.decide(claim, preset, folder) for claim in claims.read_claims(ledger)]
+            chosen = [claim for claim in claims.read_claims(ledger) if preset in claim.presets]
+            findings = [claims.decide(claim, preset, folder) for claim in chosen]
             for finding in findings:
                 for side in (finding.claim.first, finding.claim.second):
                     depend_on_records(self.env, folder, records.load(side.experiment, preset, folder))
