@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from statistics import fmean
-from typing import Literal
 
 import torch
 
-from advbn_lib.data.cifar10c import load_cifar10c
 from advbn_lib.data.images import ImageSet
 from advbn_lib.data.shifts import CORRUPTIONS, FAMILIES, Shift
 from advbn_lib.methods.base import Method
@@ -43,31 +41,27 @@ def accuracy(
 
 def accuracies(
     method: Method, test: ImageSet, shifts: Iterable[Shift], show_progress: bool = True, *, parts: int = 1,
-    corruptions: Literal["computed", "stored"] = "computed", precision: torch.dtype = torch.float32,
+    stored: Callable[[str, int], ImageSet] | None = None, precision: torch.dtype = torch.float32,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """:func:`accuracy` for several shifts: ``{branch: {shift: share}}``.
 
     Args:
         parts: with 5, each of the five severities of a shift is tested on another fifth of the images, so that the shift as a
             whole is tested on all of them, at a fifth of the cost. Clean images are always tested in full.
-        corruptions: ``"stored"``: take those of CIFAR-10-C from its files; ``test`` must then be CIFAR-10's.
+        stored: gives the images of a corruption at a severity, to take them from there and not to compute them;
+            :func:`~advbn_lib.data.cifar10c.load_cifar10c`, if ``test`` is CIFAR-10's.
         precision: what convolutions and matrix products compute in.
-
-    Raises:
-        DataError: the stored files are missing or damaged.
     """
     shifts = list(shifts)
     table: dict[str, dict[str, float]] = {branch: {} for branch in method.branches}
     for shift, index in progress(list(zip(shifts, _part_indices(shifts, parts))), "test", show_progress):
-        chosen = test
-        if corruptions == "stored" and shift.name in CORRUPTIONS:
-            stored = load_cifar10c(shift.name, shift.severity).first(len(test))
-            chosen, shift_itself = stored.to(test.images.device), Shift("clean")
-        else:
-            shift_itself = shift
+        images, change = test, shift
+        if stored is not None and shift.name in CORRUPTIONS:
+            images = stored(shift.name, shift.severity).first(len(test)).to(test.images.device)
+            change = Shift("clean")
         if shift.name != "clean":
-            chosen = chosen.part(index, parts)
-        for branch, share in accuracy(method, chosen, shift_itself, precision).items():
+            images = images.part(index, parts)
+        for branch, share in accuracy(method, images, change, precision).items():
             table[branch][str(shift)] = share
     return table
 
@@ -81,17 +75,19 @@ def _part_indices(shifts: list[Shift], parts: int) -> list[int]:
     return indices
 
 
+def shift_means(table: dict[str, float]) -> dict[str, float]:
+    """Accuracies by shift and severity (one branch) to means over the severities that were tested: ``{"contrast": ...}``."""
+    by_name: dict[str, list[float]] = {}
+    for shift, share in table.items():
+        by_name.setdefault(shift.rpartition("-")[0] or shift, []).append(share)
+    return {name: fmean(shares) for name, shares in by_name.items()}
+
+
 def family_means(table: dict[str, float]) -> dict[str, float]:
     """Mean accuracy under each family of shifts (``corruptions``, ``style``, ...) that ``table`` (one branch) has some of.
 
     The severities of a shift are averaged first, so that a shift counts once however many degrees of it were tested.
     """
-    by_name: dict[str, list[float]] = {}
-    for shift, share in table.items():
-        by_name.setdefault(shift.rpartition("-")[0] or shift, []).append(share)
-    means = {}
-    for family, names in FAMILIES.items():
-        tested = [fmean(by_name[name]) for name in names if name in by_name]
-        if tested:
-            means[family] = fmean(tested)
-    return means
+    by_name = shift_means(table)
+    tested = {family: [by_name[name] for name in names if name in by_name] for family, names in FAMILIES.items()}
+    return {family: fmean(shares) for family, shares in tested.items() if shares}

@@ -39,7 +39,8 @@ class Record:
         experiment, preset, seed: its name.
         key: hash of ``config``, the code that was used, data and starting weights: equal keys, equal runs.
         config: everything that was chosen.
-        metrics: results; ``accuracy`` holds shares from 0 to 1 as ``accuracy[branch][shift]``.
+        metrics: results; ``accuracy`` holds shares from 0 to 1 as ``accuracy[branch][shift]``, ``shift`` their means over
+            severities, ``mean`` those over families of shifts.
         curves: lists over epochs.
         cost: ``train_seconds``, ``wall_seconds``, ``peak_memory_mib``, ...
         hardware, versions: of the machine and the software.
@@ -195,6 +196,31 @@ def difference(
     if not pairs:
         raise RecordError("the two experiments have no seed in common: run both for the same seeds")
     return estimate([a.metric(metric) - b.metric(second_metric or metric) for a, b in pairs])
+
+
+def estimates(records: Sequence[Record], path: str) -> dict[str, Estimate]:
+    """Every number below a path, e.g. ``"shift/clean"``, over seeds."""
+    return {name: aggregate(records, f"{path}/{name}") for name in _below(records, path)}
+
+
+def differences(
+    first: Sequence[Record], second: Sequence[Record], path: str, second_path: str | None = None
+) -> dict[str, Estimate]:
+    """:func:`difference` of every number below a path that both have."""
+    other = second_path or path
+    shared = [name for name in _below(first, path) if name in _below(second, other)]
+    return {name: difference(first, second, f"{path}/{name}", f"{other}/{name}") for name in shared}
+
+
+def _below(records: Sequence[Record], path: str) -> list[str]:
+    if not records:
+        raise RecordError(f"there is no record to read {path!r} from: run the experiment first")
+    place: Any = records[0].metrics
+    for part in path.split("/"):
+        if not isinstance(place, dict) or part not in place:
+            raise RecordError(f"{records[0].experiment} has nothing below {path!r}")
+        place = place[part]
+    return list(place) if isinstance(place, dict) else []
 
 
 def _student_t(degrees: int) -> float:

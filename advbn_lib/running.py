@@ -16,12 +16,13 @@ from torch import nn
 
 from advbn_lib import records
 from advbn_lib.checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
+from advbn_lib.data.cifar10c import load_cifar10c, stored_checksum
 from advbn_lib.data.frost import frost_overlays
 from advbn_lib.data.images import DataError, ImageSet
 from advbn_lib.data.loader import DeviceLoader
 from advbn_lib.data.sets import load_images
 from advbn_lib.data.shifts import Shift, parse_shift
-from advbn_lib.evaluation import accuracies, accuracy, family_means
+from advbn_lib.evaluation import accuracies, accuracy, family_means, shift_means
 from advbn_lib.experiments import Experiment, Preset, find
 from advbn_lib.methods.base import Method
 from advbn_lib.models.cifar_resnet import CifarResNet, load_published_weights, resnet18_for_cifar
@@ -138,15 +139,19 @@ def run(job: Run, again: bool = False) -> records.Record:
     tests = test_sets(job)
     shifts, left_out = _usable(job.preset)
     described = {images.name: _describe(images) for images in tests.values()} | left_out
+    if job.preset.corruptions == "stored":
+        described |= {"CIFAR-10-C, stored files": {"sha256": stored_checksum()}}
     if path.exists() and not again:
         train_set, (network, weights) = training_images(job), start_network(job)
         if (old := records.read(path)).key == _key(job, _training_key(job, train_set, weights), described):
             return old
     trained = train_method(job, again)
     started = time.perf_counter()
-    options = {"corruptions": job.preset.corruptions, "precision": job.precision}
     main, *elsewhere = tests.values()
-    table = accuracies(trained.method, main, shifts, job.show_progress, parts=job.preset.parts, **options)
+    table = accuracies(
+        trained.method, main, shifts, job.show_progress, parts=job.preset.parts, precision=job.precision,
+        stored=load_cifar10c if job.preset.corruptions == "stored" else None,
+    )  # fmt: skip
     for images in elsewhere:
         for branch, share in accuracy(trained.method, images, precision=job.precision).items():
             table[branch][_domain(images)] = share
@@ -213,7 +218,11 @@ def _record(
         seed=job.seed,
         key=_key(job, trained.key, tested_on),
         config=job.config,
-        metrics={"accuracy": table, "mean": {branch: family_means(shares) for branch, shares in table.items()}},
+        metrics={
+            "mean": {branch: family_means(shares) for branch, shares in table.items()},
+            "shift": {branch: shift_means(shares) for branch, shares in table.items()},
+            "accuracy": table,
+        },
         curves={
             "clean_loss": [clean for clean, _ in losses],
             "adversarial_loss": [adversarial for _, adversarial in losses],
