@@ -29,12 +29,12 @@ def accuracy(
     device = test.images.device
     generator = torch.Generator(device).manual_seed(NOISE_SEED)
     right = dict.fromkeys(method.branches, torch.zeros((), dtype=torch.int64, device=device))
-    with evaluating(method), computing_in(precision, device):
+    with evaluating(method):
         for images, labels in zip(test.images.split(CHUNK), test.labels.split(CHUNK)):
-            shifted = test.normalise(shift(images.float() / 255, generator)).contiguous(
-                memory_format=torch.channels_last
-            )
-            for branch, logits in method.predictions(shifted).items():
+            shifted = test.normalise(shift(images.float() / 255, generator))  # in full precision: grey levels are at stake
+            with computing_in(precision, device):
+                predictions = method.predictions(shifted.contiguous(memory_format=torch.channels_last))
+            for branch, logits in predictions.items():
                 right[branch] = right[branch] + (logits.argmax(1) == labels).sum()
     return {branch: count.item() / len(test) for branch, count in right.items()}
 

@@ -142,8 +142,9 @@ def run(job: Run, again: bool = False) -> records.Record:
     if job.preset.corruptions == "stored":
         described |= {"CIFAR-10-C, stored files": {"sha256": stored_checksum()}}
     if path.exists() and not again:
-        train_set, (network, weights) = training_images(job), start_network(job)
-        if (old := records.read(path)).key == _key(job, _training_key(job, train_set, weights), described):
+        _, weights = start_network(job)
+        training_key = _training_key(job, training_images(job), weights)
+        if (old := records.read(path)).key == _key(job, training_key, described):
             return old
     trained = train_method(job, again)
     started = time.perf_counter()
