@@ -37,7 +37,8 @@ class Mixing(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """N,3,H,W to N,3,H,W, both normalised; random, from torch's global generator."""
         levels = ((images * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        mixed = torch.stack([self.mix(image) for image in levels]).to(images.dtype) / 255
+        with torch.autocast(images.device.type, enabled=False):  # else half precision would shake the pixels' places
+            mixed = torch.stack([self.mix(image) for image in levels]).to(images.dtype) / 255
         return ((mixed - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
