@@ -1,4 +1,4 @@
-"""The command line: ``python -m advbn_lib list | run | show | report``."""
+"""The command line: ``python -m advbn_lib list | run | show | report | export-advbn``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 
 from advbn_lib import records
-from advbn_lib.benchmarks import BENCHMARKS, run_benchmark
+from advbn_lib.adversarial_images import ExportConfig, export
 from advbn_lib.checkpoints import CheckpointError
 from advbn_lib.data.images import DataError
+from advbn_lib.data.sets import load_images
 from advbn_lib.experiments import EXPERIMENTS, PRESETS
-from advbn_lib.running import Run, is_current, prepare, run, train_method
+from advbn_lib.measurements import DECODERS, MEASUREMENTS, Job, run_measurement
+from advbn_lib.running import Run, choose_device, is_current, prepare, run, start_network, train_method
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(command=_list)
 
     running = commands.add_parser("run", help="run an experiment and write its record; resumes a run that was killed")
-    running.add_argument("experiment", help=f"one of {', '.join([*EXPERIMENTS, *BENCHMARKS])}")
+    running.add_argument("experiment", help=f"one of {', '.join([*EXPERIMENTS, *MEASUREMENTS])}")
     running.add_argument("--preset", default="smoke", help=f"its size: {', '.join(PRESETS)} (default: smoke)")
     running.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more (default: 0)")
     running.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
@@ -63,6 +65,19 @@ def _parser() -> argparse.ArgumentParser:
     showing.add_argument("--seed", type=int, default=0)
     showing.set_defaults(command=_show)
 
+    exporting = commands.add_parser("export-advbn", help="write a test set of decoded worst-case features as PNGs")
+    exporting.add_argument("--out", type=Path, required=True, help="a new folder")
+    exporting.add_argument("--preset", default="cpu", choices=list(DECODERS), help="default: cpu")
+    exporting.add_argument("--seed", type=int, default=0, help="of the decoder (default: 0)")
+    exporting.add_argument("--limit", type=int, help="only the first so many test images (default: all)")
+    exporting.add_argument(
+        "--order", choices=["class", "file"], default="class", help="of the batches (default: class)"
+    )
+    exporting.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    exporting.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints (default: runs)")
+    exporting.add_argument("--quiet", action="store_true", help="no progress bars")
+    exporting.set_defaults(command=_export)
+
     report = commands.add_parser("report", help="results over seeds, with 95 %% intervals")
     report.add_argument("--preset", default="cpu", choices=list(PRESETS))
     report.set_defaults(command=_report)
@@ -78,8 +93,8 @@ def _list(options: argparse.Namespace) -> None:
                 old = [str(r.seed) for r in found if not is_current(prepare(name, preset, r.seed, "cpu"), r)]
                 remark = f"   (seeds {', '.join(old)}: by older code or configuration)" if old else ""
                 print(f"    {preset}: seeds {', '.join(str(r.seed) for r in found)}{remark}")
-    for name, measure in BENCHMARKS.items():
-        print(f"{name}: {(measure.__doc__ or '').splitlines()[0]}")
+    for measurement in MEASUREMENTS.values():
+        print(f"{measurement.name}: {measurement.about}")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -92,13 +107,16 @@ def _run(options: argparse.Namespace) -> None:
             train_method(_job(options, seed), options.again)
         return
     for seed in options.seed:
-        record = _benchmark(options, seed) if options.experiment in BENCHMARKS else _experiment(options, seed)
+        record = _measurement(options, seed) if options.experiment in MEASUREMENTS else _experiment(options, seed)
         print(records.path_of(record.experiment, record.preset, record.seed, options.records))
         print(_rows([record]))
 
 
-def _benchmark(options: argparse.Namespace, seed: int) -> records.Record:
-    return run_benchmark(options.experiment, options.preset, seed, options.records)
+def _measurement(options: argparse.Namespace, seed: int) -> records.Record:
+    job = Job(
+        options.preset, seed, choose_device(options.device), options.records, options.runs, not options.quiet,
+    )  # fmt: skip
+    return run_measurement(options.experiment, job, options.again)
 
 
 def _experiment(options: argparse.Namespace, seed: int) -> records.Record:
@@ -122,29 +140,54 @@ def _show(options: argparse.Namespace) -> None:
     )
 
 
+def _export(options: argparse.Namespace) -> None:
+    job = prepare(
+        "untouched", options.preset, options.seed, options.device,
+        records_folder=options.records, runs_folder=options.runs, show_progress=not options.quiet,
+    )  # fmt: skip
+    train_set, test_set = (load_images(job.preset.data, split) for split in ("train", "test"))
+    network, weights = start_network(job)
+    manifest = export(
+        options.out, network.to(job.device), weights, train_set, test_set.first(options.limit),
+        ExportConfig(order=options.order, decoder=DECODERS[options.preset]), options.seed,
+        options.runs / "decoders", not options.quiet,
+    )  # fmt: skip
+    print(manifest)
+
+
 def _report(options: argparse.Namespace) -> None:
-    for name in [*EXPERIMENTS, *BENCHMARKS]:
+    for name in [*EXPERIMENTS, *MEASUREMENTS]:
         found = records.load(name, options.preset, options.records)
         if found:
             print(f"{name} ({options.preset}, n = {len(found)} seeds)\n{_rows(found)}")
 
 
 def _rows(found: list[records.Record]) -> str:
-    """A row for each number: accuracies in percent, benchmarks as they are."""
+    """A row for each number: accuracies in percent, measurements as they are."""
     rows = []
     for branch, table in found[0].metrics.get("accuracy", {}).items():
         rows += [
             _row(f"{branch:12s} {shift:18s}", records.aggregate(found, f"accuracy/{branch}/{shift}"), 100, " %")
             for shift in table
         ]
-    for name in found[0].metrics.get(found[0].experiment, {}):
-        rows.append(_row(f"{name:31s}", records.aggregate(found, f"{found[0].experiment}/{name}"), 1, ""))
+    name = found[0].experiment
+    if name in MEASUREMENTS:
+        wanted = MEASUREMENTS[name].headline
+        paths = [path for path in _paths(found[0].metrics[name]) if not wanted or path.rpartition("/")[2] in wanted]
+        rows += [_row(f"{path:45s}", records.aggregate(found, f"{name}/{path}"), 1, "", 3) for path in paths]
     return "\n".join(rows)
 
 
-def _row(label: str, value: records.Estimate, scale: float, unit: str) -> str:
-    interval = f"   95 % interval {scale * value.low:.1f} to {scale * value.high:.1f}" if value.n > 1 else ""
-    return f"    {label} {scale * value.mean:8.1f}{unit}{interval}"
+def _paths(metrics: dict) -> list[str]:
+    """The paths of all numbers: ``"ratio"``, ``"noise/edge_correlation"``."""
+    below = {name: _paths(value) if isinstance(value, dict) else [""] for name, value in metrics.items()}
+    return [f"{name}/{path}".removesuffix("/") for name, paths in below.items() for path in paths]
+
+
+def _row(label: str, value: records.Estimate, scale: float, unit: str, digits: int = 1) -> str:
+    low, mean, high = (f"{scale * number:.{digits}f}" for number in (value.low, value.mean, value.high))
+    interval = f"   95 % interval {low} to {high}" if value.n > 1 else ""
+    return f"    {label} {mean:>8s}{unit}{interval}"
 
 
 if __name__ == "__main__":

@@ -1,35 +1,25 @@
-"""Measurements of speed, written as records like any other number of the book."""
+"""How fast the loader is, beside torch's own."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 
-from advbn_lib import records
 from advbn_lib.data.images import ImageSet
 from advbn_lib.data.loader import DeviceLoader
-from advbn_lib.data.sets import load_images
-from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, versions
-from advbn_lib.running import check_seed
 
-DATA = {"smoke": "digits", "cpu": "cifar10"}
 BATCH, IMAGES, ROUNDS = 128, 10_000, 5
 
 
-def loader_speed(preset: str, seed: int) -> dict[str, float]:
+def loader_speed(train_set: ImageSet, seed: int) -> dict[str, float]:
     """Training images a second of :class:`DeviceLoader` and of torch's DataLoader with the same transforms, on the CPU.
 
     The two take turns, and the median round counts. torch's gets the better of no workers and one for each core.
     """
-    train_set = load_images(DATA[preset], "train")
     train_set = train_set.first(min(IMAGES, len(train_set)))
     own = DeviceLoader(train_set, BATCH, seed)
     others = {workers: torch_loader(train_set, seed, workers) for workers in (0, os.cpu_count() or 1)}
@@ -68,41 +58,6 @@ def torch_loader(train_set: ImageSet, seed: int, workers: int) -> torch.utils.da
     return torch.utils.data.DataLoader(
         Images(), BATCH, shuffle=True, drop_last=True, num_workers=workers, generator=generator
     )
-
-
-BENCHMARKS: dict[str, Callable[[str, int], dict[str, float]]] = {"loader_speed": loader_speed}
-
-
-def run_benchmark(name: str, preset: str, seed: int, folder: Path | None = None) -> records.Record:
-    """Measure, and write the record.
-
-    Raises:
-        ValueError: no such benchmark, or not at this preset.
-    """
-    if name not in BENCHMARKS or preset not in DATA:
-        raise ValueError(
-            f"benchmarks are {', '.join(BENCHMARKS)}, at presets {', '.join(DATA)}; got {name!r} at {preset!r}"
-        )
-    check_seed(seed)
-    device, started = torch.device("cpu"), time.perf_counter()
-    measured = BENCHMARKS[name](preset, seed)
-    config = {
-        "benchmark": name,
-        "data": DATA[preset],
-        "batch_size": BATCH,
-        "images": IMAGES,
-        "rounds": ROUNDS,
-        "seed": seed,
-    }
-    code = code_hash(["advbn_lib.benchmarks"])
-    record = records.Record(
-        experiment=name, preset=preset, seed=seed, key=hashlib.sha256(json.dumps([config, code]).encode()).hexdigest(), config=config,
-        metrics={name: measured}, curves={}, cost={"wall_seconds": round(time.perf_counter() - started, 2), "peak_memory_mib": peak_memory_mib(device)},
-        hardware=hardware(device), versions=versions(), code={"hash": code, **git_state()}, data={}, weights={},
-        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )  # fmt: skip
-    records.write(record, folder)
-    return record
 
 
 def _images_per_second(batches: Iterable) -> float:

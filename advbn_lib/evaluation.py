@@ -31,7 +31,8 @@ def accuracy(
     right = dict.fromkeys(method.branches, torch.zeros((), dtype=torch.int64, device=device))
     with evaluating(method):
         for images, labels in zip(test.images.split(CHUNK), test.labels.split(CHUNK)):
-            shifted = test.normalise(shift(images.float() / 255, generator))  # in full precision: grey levels are at stake
+            # Shifts compute in full precision: grey levels are at stake.
+            shifted = test.normalise(shift(images.float() / 255, generator))
             with computing_in(precision, device):
                 predictions = method.predictions(shifted.contiguous(memory_format=torch.channels_last))
             for branch, logits in predictions.items():

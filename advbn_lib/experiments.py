@@ -248,7 +248,9 @@ HEADLINE = (
     Experiment("advbn", "AdvBN with the paper's eps, step size and steps", Adversarial()),
     Experiment("advbn_eps05", "AdvBN with a smaller set: eps 0.5", Adversarial(eps=0.5)),
     Experiment(
-        "advbn_shared_bn", "control: AdvBN with one BatchNorm set for both kinds of features", Adversarial(dual_bn=False)
+        "advbn_shared_bn",
+        "control: AdvBN with one BatchNorm set for both kinds of features",
+        Adversarial(dual_bn=False),
     ),
     Experiment("augmix", "control: AugMix, an augmentation of images", Augmented()),
     Experiment("advbn_augmix", "AdvBN with AugMix in its clean branch", AugmentedAdversarial()),
@@ -268,12 +270,16 @@ ABLATIONS = (
     Experiment("random_eps05", "control for advbn_eps05: random statistics with eps 0.5", Random(eps=0.5)),
     Experiment("advbn_eps02", "AdvBN with eps 0.2", Adversarial(eps=0.2)),
     Experiment("random_eps02", "control for advbn_eps02: random statistics with eps 0.2", Random(eps=0.2)),
-    Experiment("advbn_1_step", "AdvBN with one step of the usual size, which goes as far as eps 0.2", Adversarial(steps=1)),
+    Experiment(
+        "advbn_1_step", "AdvBN with one step of the usual size, which goes as far as eps 0.2", Adversarial(steps=1)
+    ),
     Experiment("advbn_1_long_step", "AdvBN with one step as long as eps", Adversarial(steps=1, step_size=1.1)),
     Experiment("advbn_3_steps", "AdvBN with three steps of twice the usual size", Adversarial(steps=3, step_size=0.4)),
     Experiment("advbn_random_start", "AdvBN that starts the ascent at random factors", Adversarial(random_start=True)),
     Experiment("advbn_per_image", "AdvBN with statistics and factors for each image", Adversarial(per_image=True)),
-    Experiment("random_per_image", "control for advbn_per_image: random factors for each image", Random(per_image=True)),
+    Experiment(
+        "random_per_image", "control for advbn_per_image: random factors for each image", Random(per_image=True)
+    ),
 )
 
 EXPERIMENTS = {experiment.name: experiment for experiment in (*HEADLINE, *ABLATIONS)}

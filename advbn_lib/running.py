@@ -315,7 +315,13 @@ def _train(job: Run, method: Method, train_set: ImageSet, key: str) -> History:
         return History()
     loader = DeviceLoader(train_set, job.schedule.batch_size, job.seed, job.device, flip=job.preset.data != "digits")
     return train(
-        method, loader, job.schedule, _checkpoint(job, key), key, show_progress=job.show_progress, precision=job.precision
+        method,
+        loader,
+        job.schedule,
+        _checkpoint(job, key),
+        key,
+        show_progress=job.show_progress,
+        precision=job.precision,
     )
 
 

@@ -178,5 +178,5 @@ def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextMan
 
 def _cpu_has_bfloat16() -> bool:
     # Without these instructions bfloat16 is emulated, at a fraction of float32's speed. Both questions are private in torch 2.6.
-    asked = (getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    asked = (getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))  # fmt: skip
     return any(ask() for ask in asked)

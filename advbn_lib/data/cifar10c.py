@@ -1,7 +1,7 @@
 """The stored CIFAR-10-C: the corrupted test images as they were published.
 
-Source: Hendrycks and Dietterich, ICLR 2019; Zenodo record 2535967. One file a corruption, uint8 50,000x32x32x3, severity 1
-first; the images of each severity are in the order of CIFAR-10's test set. They are not what
+Source: Hendrycks and Dietterich, ICLR 2019; Zenodo record 2535967. One file a corruption, uint8 50,000x32x32x3,
+severity 1 first; the images of each severity are in the order of CIFAR-10's test set. They are not what
 :mod:`advbn_lib.data.corruptions` computes: the library versions and the random numbers differ. So a set from here says
 "stored" in its name.
 """
@@ -68,7 +68,7 @@ def load_cifar10c(
 
 
 def cifar10c_available(root: Path | None = None) -> bool:
-    """Whether the files of all 15 corruptions, and the labels, are there. Does not look into them, downloads nothing."""
+    """Whether the files of all 15 corruptions and the labels are there. Does not look into them, downloads nothing."""
     return all(_path(root or data_root(), name).is_file() for name in (*CORRUPTIONS, "labels"))
 
 

@@ -1,15 +1,16 @@
 """The corruptions of CIFAR-10-C, computed on the device for a whole batch at once.
 
-Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019;
-constants and operations of the released CIFAR generator (``make_cifar_c.py``), borders and rounding of the libraries it calls.
-They are not the stored CIFAR-10-C files (see :mod:`advbn_lib.data.cifar10c`), which were made with the libraries of 2018 and
-other random numbers.
+Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR
+2019; constants and operations of the released CIFAR generator (``make_cifar_c.py``), borders and rounding of the
+libraries it calls. They are not the stored CIFAR-10-C files (see :mod:`advbn_lib.data.cifar10c`), which were made with
+the libraries of 2018 and other random numbers.
 
-Each entry of :data:`CORRUPTIONS` maps images in [0,1] (N,3,S,S; whole grey levels), a severity of 1 to 5 and a generator on
-the images' device (None: torch's own) to changed images. The caller clips them to [0,1] and cuts them down to whole grey
-levels. Every image draws its own random numbers, all of them before it is changed, in the order that the function's docstring
-gives. What is random is drawn in ``_name``; what is then done with it, where that is more than a line, is the function after
-it. The constants are meant for 32 pixels; other square sizes work too, but for frost only up to 62.
+Each entry of :data:`CORRUPTIONS` maps images in [0,1] (N,3,S,S; whole grey levels), a severity of 1 to 5 and a
+generator on the images' device (None: torch's own) to changed images. The caller clips them to [0,1] and cuts them down
+to whole grey levels. Every image draws its own random numbers, all of them before it is changed, in the order that the
+function's docstring gives. What is random is drawn in ``_name``; what is then done with it, where that is more than a
+line, is the function after it. The constants are meant for 32 pixels; other square sizes work too, but for frost only
+up to 62.
 """
 
 from __future__ import annotations
@@ -123,13 +124,13 @@ def _glass_blur(x: Tensor, severity: int, generator: torch.Generator | None) -> 
 def through_glass(x: Tensor, severity: int, moves: Tensor) -> Tensor:
     """Glass blur with given moves.
 
-    Each pixel but those of the two first rows and columns becomes a copy of itself, the one above, the one to the left, or
-    the one above and to the left. (The released code means to exchange them. But it exchanges two views of one array, and
-    overwrites; and since it goes from the last pixel to the first, a source is never a pixel that it has changed in this
-    round. So one gather does a round.)
+    Each pixel but those of the two first rows and columns becomes a copy of itself, the one above, the one to the left,
+    or the one above and to the left. (The released code means to exchange them. But it exchanges two views of one
+    array, and overwrites; and since it goes from the last pixel to the first, a source is never a pixel that it has
+    changed in this round. So one gather does a round.)
 
     Args:
-        moves: rounds,N,2,S-2,S-2 of 0 and 1: by how much up and to the left the source of the pixel (2..S-1, 2..S-1) is.
+        moves: rounds,N,2,S-2,S-2 of 0 and 1: how far up and to the left the source of the pixel (2..S-1, 2..S-1) is.
     """
     sigma, side = _at(GLASS_BLUR, severity)[0], _side(x)
     blur = gaussian_matrix(side, sigma, 4.0, "nearest")
@@ -173,7 +174,7 @@ def _snow(x: Tensor, severity: int, generator: torch.Generator | None) -> Tensor
 
 
 def let_it_snow(x: Tensor, severity: int, flakes: Tensor, angles: Tensor) -> Tensor:
-    """Snow from normal numbers (N,S,S) and angles (N, degrees): a whitened image, a layer of streaks, and the layer turned by 180."""
+    """Snow from normal (N,S,S) and angles (N, degrees): whitens the image, adds streaks and the same streaks turned."""
     mean, deviation, zoom, threshold, radius, sigma, share = _at(SNOW, severity)
     layer = along_both(mean + deviation * flakes, zoom_matrix(_side(x), zoom))[:, None]
     layer = _cut(torch.where(layer < threshold, 0, layer).clamp(0, 1))
@@ -210,7 +211,7 @@ def _fog(x: Tensor, severity: int, generator: torch.Generator | None) -> Tensor:
 
 
 def in_fog(x: Tensor, severity: int, uniform: Tensor) -> Tensor:
-    """Fog from uniform numbers (see :func:`advbn_lib.data.plasma.plasma_fractal`), dimmed to the image's own brightest entry."""
+    """Fog from uniform numbers (as :func:`advbn_lib.data.plasma.plasma_fractal`), dimmed to the image's own maximum."""
     density, decay = _at(FOG, severity)
     side = _side(x)
     plasma = plasma_fractal(uniform, _power_of_two(side), decay)[:, None, :side, :side]

@@ -32,10 +32,11 @@ SHRINK = 5  # the scale of 0.2
 
 
 def frost_overlays(root: Path | None = None) -> tuple[Tensor, ...]:
-    """The five overlays at 0.2 of their size: uint8, 3,H,W each (63 to 120 rows, 105 to 180 columns). Read once a process.
+    """The five overlays at 0.2 of their size: uint8, 3,H,W each (63 to 120 rows, 105 to 180 columns). Read once.
 
     Args:
-        root: folder that holds ``frost``; default: see :func:`advbn_lib.data.images.data_root`. What is missing is downloaded.
+        root: folder that holds ``frost``; default: see :func:`advbn_lib.data.images.data_root`. What is missing is
+            downloaded.
 
     Raises:
         DataError: a file is damaged, or missing and cannot be downloaded.
@@ -63,7 +64,7 @@ def _checked(path: Path, digest: str) -> Path:
 
 
 def _shrunk(path: Path) -> Tensor:
-    """Bilinear sampling at a scale of 0.2 falls on whole pixels, the third of each five: OpenCV's resize does no more."""
+    """Bilinear sampling at a scale of 0.2 falls on whole pixels, the third of each five; so does OpenCV's resize."""
     pixels = np.asarray(Image.open(path).convert("RGB"))
     return torch.from_numpy(pixels[SHRINK // 2 :: SHRINK, SHRINK // 2 :: SHRINK].transpose(2, 0, 1).copy())
 

@@ -1,8 +1,9 @@
 """What JPEG compression does to images, computed on the device: no file is written, no loop over images.
 
-Source: the JPEG standard (ITU-T T.81; quantisation tables of annex K) and libjpeg's choices, which Pillow uses: quality scales
-the tables, chroma has half the resolution, the integer cosine transform of Loeffler, Ligtenberg and Moschytz (13 fractional
-bits), the smooth ("fancy") enlargement of chroma. All rounding is where libjpeg has it, so the result is Pillow's bit for bit.
+Source: the JPEG standard (ITU-T T.81; quantisation tables of annex K) and the choices of libjpeg (libjpeg-turbo,
+Pillow's): quality scales the tables, chroma has half the resolution, the integer cosine transform of Loeffler,
+Ligtenberg and Moschytz (13 fractional bits), the smooth ("fancy") enlargement of chroma. All rounding is where libjpeg
+has it, so the result is Pillow's bit for bit (for images wider than 4 pixels: narrower chroma is enlarged otherwise).
 The entropy coding loses nothing, and is left out.
 """
 
@@ -24,8 +25,8 @@ CHROMINANCE = (
     (47, 66, 99, 99, 99, 99, 99, 99), *((99,) * 8,) * 4,
 )  # fmt: skip
 
-# The cosine transform in units of 2^-13: half of each row, which is mirrored with an even sign, then with an odd one. The
-# entries are sqrt(2) * cos(k pi / 16) to within one unit: sums of libjpeg's twelve rounded constants.
+# The cosine transform in units of 2^-13: half of each row, which is mirrored with an even sign, then with an odd one.
+# The entries are sqrt(2) * cos(k pi / 16) to within one unit: sums of libjpeg's twelve rounded constants.
 EVEN = (
     (8192, 8192, 8192, 8192),
     (10703, 4433, -4433, -10703),
@@ -42,14 +43,15 @@ def jpeg(levels: Tensor, quality: int) -> Tensor:
         quality: 1 to 100, as Pillow's.
     """
     height, width = levels.shape[2:]
-    red, green, blue = _grow(levels.to(torch.int32), 16).unbind(1)
+    # Columns are filled up before chroma is halved, rows after it.
+    red, green, blue = _grow(levels.to(torch.int32), 2, 16).unbind(1)
     luma = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
     chroma = torch.stack(
         [-11059 * red - 21709 * green + 32768 * blue, 32768 * red - 27439 * green - 5329 * blue], dim=1
     )
     chroma = _halve((chroma + (128 << 16) + 32767) >> 16)
-    luma = _quantise(luma[:, None], LUMINANCE, quality)[:, 0, :height, :width]
-    chroma = _quantise(chroma, CHROMINANCE, quality)[:, :, : (height + 1) // 2, : (width + 1) // 2]
+    luma = _quantise(_grow(luma[:, None], 8, 8), LUMINANCE, quality)[:, 0, :height, :width]
+    chroma = _quantise(_grow(chroma, 8, 8), CHROMINANCE, quality)[:, :, : (height + 1) // 2, : (width + 1) // 2]
     chroma_blue, chroma_red = (_enlarge(chroma)[:, :, :height, :width] - 128).unbind(1)
     return torch.stack(
         [
@@ -69,11 +71,14 @@ def quantisation_table(table: tuple[tuple[int, ...], ...], quality: int) -> Tens
     return ((torch.tensor(table) * percent + 50) // 100).clamp(1, 255)
 
 
-def _grow(x: Tensor, multiple: int) -> Tensor:
+def _grow(x: Tensor, row_multiple: int, column_multiple: int) -> Tensor:
     """Repeat the last row and column until the sides are multiples."""
     height, width = x.shape[2:]
-    rows = torch.arange(-(-height // multiple) * multiple, device=x.device).clamp_max(height - 1)
-    columns = torch.arange(-(-width // multiple) * multiple, device=x.device).clamp_max(width - 1)
+    more_rows, more_columns = -height % row_multiple, -width % column_multiple
+    if not more_rows and not more_columns:
+        return x
+    rows = torch.arange(height + more_rows, device=x.device).clamp_max(height - 1)
+    columns = torch.arange(width + more_columns, device=x.device).clamp_max(width - 1)
     return x[:, :, rows[:, None], columns]
 
 
@@ -94,7 +99,7 @@ def _enlarge(x: Tensor) -> Tensor:
 
 @lru_cache
 def _cosines() -> Tensor:
-    """The 8x8 transform in units of 2^-13, one row a frequency; float64, which holds the sums of whole numbers exactly."""
+    """The 8x8 transform in units of 2^-13, one row a frequency; float64, which holds sums of whole numbers exactly."""
     rows = torch.empty(8, 8, dtype=torch.float64)
     for i in range(4):
         even, odd = torch.tensor(EVEN[i], dtype=torch.float64), torch.tensor(ODD[i], dtype=torch.float64)
@@ -108,7 +113,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _quantise(plane: Tensor, table: tuple[tuple[int, ...], ...], quality: int) -> Tensor:
-    """Planes (N,C,H,W; sides are multiples of 8) transformed in 8x8 blocks, rounded to the table, and transformed back."""
+    """Planes (N,C,H,W; sides are multiples of 8) transformed in 8x8 blocks, rounded to the table, transformed back."""
     count, channels, height, width = plane.shape
     cosines = _cosines().to(plane.device)
     steps = quantisation_table(table, quality).to(cosines)

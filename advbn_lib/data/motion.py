@@ -1,8 +1,8 @@
 """Motion blur, as ImageMagick does it: an image smeared to one side along a line.
 
 Source: ImageMagick's ``MotionBlurImage``, which the released CIFAR-10-C generator calls. The kernel is half a Gaussian:
-``2 * radius + 1`` samples that start at the pixel itself. Its places are rounded to whole pixels, and beyond the border the
-edge pixel is repeated.
+``2 * radius + 1`` samples that start at the pixel itself. Its places are rounded to whole pixels, and beyond the border
+the edge pixel is repeated.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Plasma fractals: random clouds by the diamond-square method.
 
-Source: the fog of CIFAR-10-C (Hendrycks and Dietterich, ICLR 2019; released generator). The map wraps round at its borders,
-and the noise falls at each level by the *square* of the decay, since the released code multiplies the noise, drawn within
-plus and minus its size, by that size once more.
+Source: the fog of CIFAR-10-C (Hendrycks and Dietterich, ICLR 2019; released generator). The map wraps round at its
+borders, and the noise falls at each level by the *square* of the decay, since the released code multiplies the noise,
+drawn within plus and minus its size, by that size once more.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def draws_needed(side: int) -> int:
 def plasma_fractal(uniform: Tensor, side: int, decay: float) -> Tensor:
     """Maps (N,side,side) in [0,1] from random numbers in [0,1) (N, :func:`draws_needed`); each touches 0 and 1.
 
-    The numbers are used from the coarsest level to the finest; at each level first for the middles of the squares, then for
-    the middles of their upper edges, then of their left edges, each row by row.
+    The numbers are used from the coarsest level to the finest; at each level first for the middles of the squares, then
+    for the middles of their upper edges, then of their left edges, each row by row.
 
     Args:
         side: a power of two, 2 or more.

@@ -1,8 +1,9 @@
 """Blurs and resizes as small matrices.
 
 A separable linear filter treats the rows and the columns of an image alike, so it is one matrix on both sides:
-``A @ image @ A.T``. Each function makes such a matrix once (float64, on the CPU); :func:`along_both` applies it to a batch.
-The rules at the borders and for the sample positions are those of the libraries that the released CIFAR-10-C generator calls.
+``A @ image @ A.T``. Each function makes such a matrix once (float64, on the CPU); :func:`along_both` applies it to a
+batch. The rules at the borders and for the sample positions are those of the libraries that the released CIFAR-10-C
+generator calls.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ def along_both(x: Tensor, matrix: Tensor) -> Tensor:
 
 @lru_cache
 def gaussian_matrix(size: int, sigma: float, truncate: float, border: Literal["nearest", "reflect"]) -> Tensor:
-    """Gaussian blur of ``size`` samples, cut off at ``truncate`` standard deviations, to (size,size); each row sums to 1.
+    """Gaussian blur of ``size`` samples, cut at ``truncate`` standard deviations, to (size,size); each row sums to 1.
 
-    As scipy.ndimage's ``gaussian_filter``: the cut is at ``int(truncate * sigma + 0.5)`` samples; beyond the border the edge
-    sample is repeated (``nearest``), or all samples are mirrored, edge included (``reflect``). With sigma 0: the identity.
+    As scipy.ndimage's ``gaussian_filter``: the cut is at ``int(truncate * sigma + 0.5)`` samples; beyond the border the
+    edge sample is repeated (``nearest``), or all samples are mirrored, edge included (``reflect``). With sigma 0: the
+    identity.
     """
     reach = int(truncate * sigma + 0.5)
     if reach == 0:
@@ -47,8 +49,8 @@ def gaussian_matrix(size: int, sigma: float, truncate: float, border: Literal["n
 def box_matrix(before: int, after: int) -> Tensor:
     """Pillow's BOX filter from ``before`` samples to ``after``, (after,before).
 
-    A new sample is the plain mean of the old ones whose centres lie within it; enlarging, it is the one old sample around
-    its own centre. (It is no area average: an old sample counts in full or not at all.)
+    A new sample is the plain mean of the old ones whose centres lie within it; enlarging, it is the one old sample
+    around its own centre. (It is no area average: an old sample counts in full or not at all.)
     """
     scale = before / after
     width = max(scale, 1.0)
@@ -65,9 +67,9 @@ def box_matrix(before: int, after: int) -> Tensor:
 def zoom_matrix(size: int, factor: float) -> Tensor:
     """Zoom into the middle by ``factor`` (1 or more), linearly, keeping the size: (size,size).
 
-    As the released generator's ``clipped_zoom``: the middle ``ceil(size / factor)`` samples are zoomed by scipy.ndimage's
-    ``zoom`` of order 1 (first sample to first, last to last) to ``round`` of their number times ``factor``, and what is more
-    than ``size`` is trimmed.
+    As the released generator's ``clipped_zoom``: the middle ``ceil(size / factor)`` samples are zoomed by
+    scipy.ndimage's ``zoom`` of order 1 (first sample to first, last to last) to ``round`` of their number times
+    ``factor``, and what is more than ``size`` is trimmed.
     """
     crop = math.ceil(size / factor)
     zoomed = round(crop * factor)

@@ -65,7 +65,7 @@ class AugMix(AboveTheCut):
         weight: of the Jensen-Shannon divergence; 12 in the paper.
     """
 
-    def __init__(self, model: nn.Module, layer: str, mixing: Mixing, weight: float = 12.0, example: Tensor | None = None):
+    def __init__(self, model: nn.Module, layer: str, mixing: Mixing, weight: float = 12.0, example: Tensor | None = None):  # fmt: skip
         super().__init__(model, layer, example)
         self.mixing, self.weight = mixing, weight
 

@@ -1,0 +1,182 @@
+"""What is measured and not trained for its accuracy: the loader's speed, the adversary's looks. Each gives a record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advbn_lib import benchmarks, records
+from advbn_lib.appearance_study import StudyConfig, study
+from advbn_lib.data.sets import load_images
+from advbn_lib.decoder import DecoderConfig
+from advbn_lib.experiments import PRESETS
+from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, versions
+from advbn_lib.running import check_seed, prepare, start_network
+from advbn_lib.training import Schedule
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement to make: at which preset, with which seed, where. See :class:`advbn_lib.running.Run`."""
+
+    preset: str
+    seed: int
+    device: torch.device
+    records_folder: Path | None = None
+    runs_folder: Path = Path("runs")
+    show_progress: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a measurement gave: the parts of a :class:`advbn_lib.records.Record` that only it knows."""
+
+    metrics: dict[str, Any]
+    curves: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Something to measure.
+
+    Attributes:
+        about: why.
+        presets: at which it can be made.
+        config: what is chosen at a preset.
+        modules: whose code the numbers depend on.
+        measure: makes it.
+        on_gpu: whether it uses the GPU if there is one.
+        repeatable: whether the same code gives the same numbers; then it is not made twice.
+        headline: the numbers that the command line prints, by name, from the group of its own name; empty: all.
+    """
+
+    name: str
+    about: str
+    presets: tuple[str, ...]
+    config: Callable[[str], dict[str, Any]]
+    modules: tuple[str, ...]
+    measure: Callable[[Job], Outcome]
+    on_gpu: bool = True
+    repeatable: bool = True
+    headline: tuple[str, ...] = ()
+
+
+# ---- the loader's speed --------------------------------------------------------------------
+
+SPEED_DATA = {"smoke": "digits", "cpu": "cifar10"}
+
+
+def _loader_speed(job: Job) -> Outcome:
+    measured = benchmarks.loader_speed(load_images(SPEED_DATA[job.preset], "train"), job.seed)
+    return Outcome({"loader_speed": measured})
+
+
+def _speed_config(preset: str) -> dict[str, Any]:
+    sizes = {"batch_size": benchmarks.BATCH, "images": benchmarks.IMAGES, "rounds": benchmarks.ROUNDS}
+    return {"data": SPEED_DATA[preset], **sizes}
+
+
+# ---- the adversary's looks -----------------------------------------------------------------
+
+DECODERS = {
+    "smoke": DecoderConfig(
+        width=16, images=640, flip=False,
+        schedule=Schedule(epochs=4, batch_size=32, lr=0.1, milestones=(3,), warmup=0.5, weight_decay=0.0),
+    ),
+    "cpu": DecoderConfig(),
+    "gpu": DecoderConfig(width=64, images=None),
+}  # fmt: skip
+STUDIES = {
+    "smoke": StudyConfig(layers=("layer1",), batch_size=64, batches=2, decoder=DECODERS["smoke"]),
+    "cpu": StudyConfig(decoder=DECODERS["cpu"]),
+    "gpu": StudyConfig(decoder=DECODERS["gpu"], batches=40),
+}
+
+
+def _appearance(job: Job) -> Outcome:
+    preset = PRESETS[job.preset]
+    start = prepare(
+        "untouched", job.preset, job.seed, str(job.device),
+        records_folder=job.records_folder, runs_folder=job.runs_folder, show_progress=job.show_progress,
+    )  # fmt: skip
+    network, weights = start_network(start)
+    train_set, test_set = (load_images(preset.data, split) for split in ("train", "test"))
+    tables, curves = study(
+        network.to(job.device).eval(), train_set, test_set, STUDIES[job.preset], job.seed,
+        job.runs_folder / "decoders", job.show_progress,
+    )  # fmt: skip
+    data = {images.name: {"images": len(images), "sha256": images.checksum} for images in (train_set, test_set)}
+    return Outcome(tables, curves, data, weights)
+
+
+def _study_config(preset: str) -> dict[str, Any]:
+    start = {name: getattr(PRESETS[preset], name) for name in ("data", "network", "start")}
+    return {**start, **asdict(STUDIES[preset])}
+
+
+# ---- all of them ---------------------------------------------------------------------------
+
+MEASUREMENTS = {
+    measurement.name: measurement
+    for measurement in (
+        Measurement(
+            "loader_speed", "training images a second of our loader and of torch's, on the CPU",
+            tuple(SPEED_DATA), _speed_config, ("advbn_lib.benchmarks",), _loader_speed, on_gpu=False, repeatable=False,
+        ),
+        Measurement(
+            "appearance", "decoded worst-case features beside other changes of the same size: is it style or content?",
+            tuple(STUDIES), _study_config, ("advbn_lib.appearance_study", "advbn_lib.models.cifar_resnet"), _appearance,
+            headline=("pixel_change", "style_change", "edge_correlation", "accuracy"),
+        ),
+    )
+}  # fmt: skip
+
+
+def run_measurement(name: str, job: Job, again: bool = False) -> records.Record:
+    """Measure, and write the record; unless ``again``, one of the same configuration and code is returned as it is.
+
+    Raises:
+        ValueError: no such measurement, or not at this preset.
+    """
+    measurement = MEASUREMENTS.get(name)
+    if measurement is None or job.preset not in measurement.presets:
+        possible = "; ".join(f"{m.name} at presets {', '.join(m.presets)}" for m in MEASUREMENTS.values())
+        raise ValueError(f"measurements are {possible}; got {name!r} at {job.preset!r}")
+    check_seed(job.seed)
+    if not measurement.on_gpu:
+        job = replace(job, device=torch.device("cpu"))
+    config, code = config_of(name, job.preset, job.seed), code_hash(measurement.modules)
+    path = records.path_of(name, job.preset, job.seed, job.records_folder)
+    if measurement.repeatable and not again and path.exists():
+        old = records.read(path)
+        if old.config == config and old.code["hash"] == code:
+            return old
+    started = time.perf_counter()
+    outcome = measurement.measure(job)
+    cost = {"wall_seconds": round(time.perf_counter() - started, 2), "peak_memory_mib": peak_memory_mib(job.device)}
+    identity = {"config": config, "code": code, "data": outcome.data, "weights": outcome.weights.get("sha256")}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    record = records.Record(
+        experiment=name, preset=job.preset, seed=job.seed, key=key, config=config,
+        metrics=outcome.metrics, curves=outcome.curves, cost=cost, hardware=hardware(job.device), versions=versions(),
+        code={"hash": code, **git_state()}, data=outcome.data, weights=outcome.weights,
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )  # fmt: skip
+    records.write(record, job.records_folder)
+    return record
+
+
+def config_of(name: str, preset: str, seed: int) -> dict[str, Any]:
+    """What the record of a measurement says was chosen, as JSON."""
+    config = {"measurement": name, **MEASUREMENTS[name].config(preset), "seed": seed}
+    return json.loads(json.dumps(config))  # tuples become lists, as when read from a file
