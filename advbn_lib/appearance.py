@@ -138,7 +138,7 @@ def measure(before: Tensor, after: Tensor) -> dict[str, Tensor]:
 
 
 def change_as_much(
-    before: Tensor, direction: Tensor, size: Tensor, most: float = 2.0**20, halvings: int = 30
+    before: Tensor, direction: Tensor, size: Tensor, most: float = 64.0, halvings: int = 22
 ) -> Tensor:  # fmt: skip
     """Images changed along ``direction`` so far that their :func:`pixel_change` is ``size``, after cutting to [0,1].
 

@@ -168,7 +168,7 @@ def changed_images(
         "colour_cast": torch.randn(len(before), 3, 1, 1, **random).expand_as(before),
     }
     for name, direction in directions.items():
-        shown[name] = to_grey_levels(change_as_much(before, direction, size, MOST.get(name, 2.0**20)))
+        shown[name] = to_grey_levels(change_as_much(before, direction, size, MOST.get(name, 64.0)))
     return shown, features
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from advbn_lib import claims, records
+from advbn_lib import appearance_study, claims, records
 from advbn_lib.claims import Claim, Side
-from advbn_lib.experiments import EXPERIMENTS
+from advbn_lib.experiments import EXPERIMENTS, PRESETS
+from advbn_lib.measurements import MEASUREMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT / "book" / "claims.yml"
@@ -59,16 +60,21 @@ def test_the_ledger_asks_for_experiments_and_metrics_that_exist():
     ledger = claims.read_claims(LEDGER)
     assert len(ledger) >= 5
     for entry in ledger:
+        assert set(entry.presets) <= set(PRESETS)
         for side in (entry.first, entry.second):
-            assert side.experiment in EXPERIMENTS
-            for record in records.load(side.experiment, "cpu", ROOT / "records"):
-                assert 0 <= record.metric(side.metric) <= 1
+            assert side.experiment in EXPERIMENTS or side.experiment in MEASUREMENTS
+            for preset in entry.presets:
+                for record in records.load(side.experiment, preset, ROOT / "records"):
+                    assert -1 <= record.metric(side.metric) <= 1
 
 
 def test_each_claim_is_held_against_a_control():
     for entry in claims.read_claims(LEDGER):
-        assert entry.first.experiment != entry.second.experiment
-        assert entry.second.experiment in ("clean_finetuning", "random_statistics", "advbn_shared_bn")
+        assert entry.first != entry.second
+        if entry.second.experiment in MEASUREMENTS:
+            assert entry.second.metric.split("/")[1] in appearance_study.CONTROLS
+        else:
+            assert entry.second.experiment in ("clean_finetuning", "random_statistics", "advbn_shared_bn", "augmix")
 
 
 @pytest.mark.parametrize("text", ["- {id: a}", "- {id: a, paper: b, says: c, first: {}, second: {}, above: 0}"])

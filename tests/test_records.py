@@ -11,7 +11,7 @@ from conftest import ROOT
 from scipy import stats
 
 from advbn_lib import records
-from advbn_lib.benchmarks import BENCHMARKS
+from advbn_lib.measurements import MEASUREMENTS
 from advbn_lib.experiments import EXPERIMENTS, PRESETS
 from advbn_lib.records import Record, RecordError
 from advbn_lib.running import prepare
@@ -228,7 +228,7 @@ def test_no_seed_in_common_is_an_error():
 
 
 def test_there_are_records_only_in_folders_that_mean_something():
-    assert {path.parent.name for path in COMMITTED} <= {*EXPERIMENTS, *BENCHMARKS}
+    assert {path.parent.name for path in COMMITTED} <= {*EXPERIMENTS, *MEASUREMENTS}
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}-{path.stem}")

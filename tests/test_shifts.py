@@ -11,11 +11,16 @@ from conftest import tiny_images, tiny_network
 from PIL import Image
 
 from advbn_lib import AdvBN, PlainTraining
-from advbn_lib.data.shifts import BRIGHTNESS, CONTRAST, GAUSSIAN_NOISE, SHIFTS, WITHOUT_SEVERITY, Shift, parse_shift
-from advbn_lib.evaluation import NOISE_SEED, accuracies, accuracy, family_means
+from advbn_lib.data.corruptions import BRIGHTNESS, CONTRAST, GAUSSIAN_NOISE
+from advbn_lib.data.frost import frost_available
+from advbn_lib.data.shifts import CORRUPTIONS, FAMILIES, SHIFTS, STYLES, WITHOUT_SEVERITY, Shift, parse_shift
+from advbn_lib.evaluation import NOISE_SEED, accuracies, accuracy, family_means, shift_means
 
 ALL = [Shift(name, severity) for name in SHIFTS for severity in ([0] if name in WITHOUT_SEVERITY else range(1, 6))]
-every_shift = pytest.mark.parametrize("shift", ALL, ids=str)
+no_frost = pytest.mark.skipif(not frost_available(), reason="the frost pictures are not in the data folder")
+every_shift = pytest.mark.parametrize(
+    "shift", [pytest.param(shift, id=str(shift), marks=no_frost if shift.name == "frost" else ()) for shift in ALL]
+)
 
 
 def levels(images: torch.Tensor) -> np.ndarray:
@@ -148,7 +153,7 @@ def test_is_repeatable_and_its_name_can_be_read_back(shift):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fog-3", "no shift 'fog'.*contrast"), ("contrast", "contrast has severities.*got 0"), ("contrast-6", "got 6"), ("contrast-0", "got 0"),
+        ("smog-3", "no shift 'smog'.*contrast"), ("contrast", "contrast has severities.*got 0"), ("contrast-6", "got 6"), ("contrast-0", "got 0"),
         ("grey-1", r"grey has severities \[0\], got 1"), ("contrast-high", "NAME or NAME-SEVERITY, got 'contrast-high'"), ("contrast--1", "NAME-SEVERITY"),
     ],
 )  # fmt: skip
@@ -207,5 +212,49 @@ def test_accuracies_are_a_table_by_branch_and_shift():
 
 def test_a_family_mean_counts_each_shift_once_however_many_severities():
     table = {"clean": 0.9, "grey": 0.5, "contrast-1": 0.8, "contrast-3": 0.4, "brightness-3": 0.7}
-    assert family_means(table) == pytest.approx({"corruptions": (0.6 + 0.7) / 2, "style": 0.5})
+    assert family_means(table) == pytest.approx(
+        {"corruptions": (0.6 + 0.7) / 2, "weather": 0.7, "digital": 0.6, "style": 0.5, "colour": 0.5}
+    )
+    assert shift_means(table) == pytest.approx({"clean": 0.9, "grey": 0.5, "contrast": 0.6, "brightness": 0.7})
     assert family_means({"clean": 0.9}) == {}
+
+
+def test_every_corruption_and_style_is_in_the_families_and_the_groups_share_the_corruptions_out():
+    groups = [name for family in ("noise", "blur", "weather", "digital") for name in FAMILIES[family]]
+    assert sorted(groups) == sorted(FAMILIES["corruptions"]) == sorted(CORRUPTIONS) and len(groups) == 15
+    styles = [name for family in ("colour", "filters", "paintings") for name in FAMILIES[family]]
+    assert sorted(styles) == sorted(FAMILIES["style"]) == sorted(STYLES)
+
+
+def test_parts_share_the_images_out_by_severity_and_in_turn():
+    shifts = [Shift("clean"), *(Shift("contrast", s) for s in range(1, 6)), Shift("grey"), Shift("inverted"), Shift("hue", 2)]
+    method, test = PlainTraining(tiny_network()), tiny_images(50)
+    table = accuracies(method, test, shifts, show_progress=False, parts=5)["clean"]
+    parts = {**{f"contrast-{s}": s - 1 for s in range(1, 6)}, "grey": 0, "inverted": 1, "hue-2": 1}
+    for name, part in parts.items():
+        assert table[name] == accuracy(method, test.part(part, 5), parse_shift(name))["clean"], name
+    assert table["clean"] == accuracy(method, test, Shift("clean"))["clean"]
+
+
+def test_stored_corruptions_are_taken_as_they_are_and_styles_computed():
+    asked, method, test = [], PlainTraining(tiny_network()), tiny_images(50)
+    held = tiny_images(60, seed=5, name="stored")
+
+    def stored(name, severity):
+        asked.append((name, severity))
+        return held
+
+    table = accuracies(method, test, [Shift("contrast", 3), Shift("grey")], show_progress=False, stored=stored)["clean"]
+    assert asked == [("contrast", 3)]
+    assert table["contrast-3"] == accuracy(method, held.first(50), Shift("clean"))["clean"]
+    assert table["grey"] == accuracy(method, test, Shift("grey"))["clean"]
+
+
+def test_half_precision_is_for_the_network_and_not_for_the_shift():
+    method, test = PlainTraining(tiny_network()), tiny_images(50)
+    seen = []
+    method.model.conv1.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output.dtype)))
+    for precision in (torch.float32, torch.bfloat16):
+        accuracy(method, test, Shift("zoom_blur", 3), precision)
+    assert torch.equal(seen[0][0], seen[1][0]) and seen[0][0].dtype == torch.float32
+    assert [dtype for _, dtype in seen] == [torch.float32, torch.bfloat16]

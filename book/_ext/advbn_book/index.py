@@ -8,6 +8,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from advbn_lib import records
+from advbn_lib.experiments import PRESETS
 
 from . import wording
 from .roles import depend_on_records, existing, records_folder
@@ -68,7 +69,8 @@ class RecordsIndex(SphinxDirective):
         section["names"].append(name)
         self.state.document.note_explicit_target(section)
         spread = "with its 95 % interval" if len(runs) > 1 else "which gives no interval"
-        section += nodes.paragraph("", f"Mean over {wording.seeds(len(runs))}, {spread}.")
+        scale = f" Scale: {PRESETS[preset].about}." if preset in PRESETS else ""
+        section += nodes.paragraph("", f"Mean over {wording.seeds(len(runs))}, {spread}.{scale}")
         section += [folded("Each severity by itself", measured(runs, group)) if group == "accuracy" else measured(runs, group)
                     for group in runs[0].metrics]
         section += table_of(
