@@ -215,7 +215,7 @@ PRESETS = {
     "cpu_pacs": Preset(
         "PACS at 64 pixels, ResNet-20 from CIFAR-10 weights; trained on photographs alone, tested on art, cartoons and sketches",
         "pacs/photo", "resnet20", "pretrain",
-        pretraining=Schedule(epochs=20, batch_size=64, lr=0.02, milestones=(14, 18), warmup=1, weight_decay=5e-4),
+        pretraining=Schedule(epochs=14, batch_size=64, lr=0.02, milestones=(9, 12), warmup=1, weight_decay=5e-4),
         pretraining_start="published",
         fine_tuning=Schedule(epochs=6, batch_size=64, lr=0.01, milestones=(4,)),
         shifts=("clean", "grey", "inverted", *(f"hue-{s}" for s in range(1, 6))),
