@@ -112,9 +112,10 @@ def compare(
         ``results[condition][measure]``, a tensor (N,) each. The conditions are those of :func:`changed_images`. The
         measures are those of :data:`advbn_lib.appearance.MEASURES`, from the decoded unchanged features to the
         condition (for ``unchanged``: from the original images, so the decoder's own error), and ``accuracy``: whether
-        the network is right about the image. ``features_accuracy`` is the same for the features themselves, where there
-        are any. The controls of equal size also have ``adversary_moves_style_more`` (by ``style_change``),
-        ``adversary_keeps_edges_more`` (by ``edge_correlation``) and ``adversary_does_both``.
+        the network is right about the image. Where features were decoded, ``features_accuracy`` is the same for the
+        features themselves, and ``misfit`` says how well the image shows them, see :func:`misfit`. The controls of
+        equal size also have ``adversary_moves_style_more`` (by ``style_change``), ``adversary_keeps_edges_more`` (by
+        ``edge_correlation``) and ``adversary_does_both``.
     """
     shown, features = changed_images(autoencoder, images, labels, eps, step_size, steps, seed)
     results = {}
@@ -125,6 +126,7 @@ def compare(
             with torch.no_grad():
                 answers = autoencoder.split.tail(features[name]).argmax(1)
             results[name]["features_accuracy"] = (answers == labels).float()
+            results[name]["misfit"] = misfit(autoencoder, after, features[name])
     adversary = results["adversarial"]
     for name in CONTROLS:
         style = adversary["style_change"] > results[name]["style_change"]
@@ -170,6 +172,16 @@ def changed_images(
     for name, direction in directions.items():
         shown[name] = to_grey_levels(change_as_much(before, direction, size, MOST.get(name, 64.0)))
     return shown, features
+
+
+@torch.no_grad()
+def misfit(autoencoder: Autoencoder, images: Tensor, features: Tensor) -> Tensor:
+    """How far the features of decoded images (N,3,H,W) are from those that were decoded (N,C,h,w): (N,), 0: the same.
+
+    The length of the difference over the length of ``features``. Near 1 or above, the image does not show them.
+    """
+    difference = (autoencoder.encode(images) - features).flatten(1).norm(dim=1)
+    return difference / features.flatten(1).norm(dim=1).clamp_min(1e-12)
 
 
 def _batches(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from advbn_lib import AdvBN
 from advbn_lib import appearance as looks
 from advbn_lib.appearance import CONTENT, MEASURES, change_as_much, measure, pixel_change, to_grey_levels
-from advbn_lib.appearance_study import CONTROLS, StudyConfig, changed_images, compare, study
+from advbn_lib.appearance_study import CONTROLS, StudyConfig, changed_images, compare, misfit, study
 from advbn_lib.decoder import Autoencoder, DecoderConfig
 from advbn_lib.training import Schedule
 
@@ -303,8 +303,17 @@ def test_shares_count_images_at_which_the_adversary_is_ahead(autoencoder):
         style = results["adversarial"]["style_change"] > results[name]["style_change"]
         edges = results["adversarial"]["edge_correlation"] > results[name]["edge_correlation"]
         assert torch.equal(results[name]["adversary_does_both"].bool(), style & edges)
-    assert {"accuracy", "features_accuracy"} <= results["adversarial"].keys()
-    assert "features_accuracy" not in results["noise"]
+    assert {"accuracy", "features_accuracy", "misfit"} <= results["adversarial"].keys()
+    assert not {"features_accuracy", "misfit"} & results["noise"].keys()
+
+
+def test_misfit_is_relative_and_by_image(autoencoder):
+    images, _ = batch(autoencoder)
+    x = autoencoder.encode(images)
+    torch.testing.assert_close(misfit(autoencoder, images, x), torch.zeros(12))
+    longer = x * torch.arange(1.0, 13.0).view(-1, 1, 1, 1)
+    torch.testing.assert_close(misfit(autoencoder, images, longer), 1 - 1 / torch.arange(1.0, 13.0))
+    assert torch.isfinite(misfit(autoencoder, images, torch.zeros_like(x))).all()
 
 
 def test_a_seed_decides_all_that_is_random(autoencoder):
