@@ -16,13 +16,14 @@ from torch import nn
 
 from advbn_lib import records
 from advbn_lib.checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
+from advbn_lib.confusion import accuracy_of, balanced_accuracy_of, commonest_answer_of, confusion
 from advbn_lib.data.cifar10c import load_cifar10c, stored_checksum
 from advbn_lib.data.frost import frost_overlays
 from advbn_lib.data.images import DataError, ImageSet
 from advbn_lib.data.loader import DeviceLoader
 from advbn_lib.data.sets import load_images
 from advbn_lib.data.shifts import Shift, parse_shift
-from advbn_lib.evaluation import accuracies, accuracy, family_means, shift_means
+from advbn_lib.evaluation import accuracies, family_means, shift_means
 from advbn_lib.experiments import Experiment, Preset, find
 from advbn_lib.methods.base import Method
 from advbn_lib.models.cifar_resnet import CifarResNet, load_published_weights, resnet18_for_cifar
@@ -93,7 +94,8 @@ class Run:
     @property
     def code(self) -> str:
         """Hash of the code that its numbers depend on."""
-        return code_hash([*TRAINING_CODE, *TESTING_CODE, self.experiment.method.trains.__module__])
+        elsewhere = ["advbn_lib.confusion"] if self.preset.elsewhere else []
+        return code_hash([*TRAINING_CODE, *TESTING_CODE, *elsewhere, self.experiment.method.trains.__module__])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +155,8 @@ def run(job: Run, again: bool = False) -> records.Record:
         trained.method, main, shifts, job.show_progress, parts=job.preset.parts, precision=job.precision,
         stored=load_cifar10c if job.preset.corruptions == "stored" else None,
     )  # fmt: skip
-    for images in elsewhere:
-        for branch, share in accuracy(trained.method, images, precision=job.precision).items():
-            table[branch][_domain(images)] = share
-    record = _record(job, trained, table, described, round(time.perf_counter() - started, 2))
+    balance = _test_elsewhere(trained.method, elsewhere, table, job.precision)
+    record = _record(job, trained, table, balance, described, round(time.perf_counter() - started, 2))
     records.write(record, job.records_folder)
     return record
 
@@ -209,9 +209,23 @@ def _usable(preset: Preset) -> tuple[list[Shift], dict[str, Any]]:
     return shifts, {}
 
 
+def _test_elsewhere(
+    method: Method, sets: list[ImageSet], table: dict[str, dict[str, float]], precision: torch.dtype
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Add accuracies on other test sets to ``table``; return what says more of sets whose classes are not equally frequent."""
+    balance = {name: {branch: {} for branch in table} for name in ("balanced", "commonest_answer")} if sets else {}
+    for images in sets:
+        for branch, counts in confusion(method, images, precision).items():
+            table[branch][_domain(images)] = accuracy_of(counts)
+            balance["balanced"][branch][_domain(images)] = balanced_accuracy_of(counts)
+            balance["commonest_answer"][branch][_domain(images)] = commonest_answer_of(counts)
+    return balance
+
+
 def _record(
-    job: Run, trained: Trained, table: dict[str, dict[str, float]], tested_on: dict[str, Any], test_seconds: float
-) -> records.Record:
+    job: Run, trained: Trained, table: dict[str, dict[str, float]], balance: dict[str, Any], tested_on: dict[str, Any],
+    test_seconds: float,
+) -> records.Record:  # fmt: skip
     losses, train_seconds = trained.history.losses, round(trained.history.seconds, 2)
     return records.Record(
         experiment=job.experiment.name,
@@ -222,6 +236,7 @@ def _record(
         metrics={
             "mean": {branch: family_means(shares) for branch, shares in table.items()},
             "shift": {branch: shift_means(shares) for branch, shares in table.items()},
+            **balance,
             "accuracy": table,
         },
         curves={

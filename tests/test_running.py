@@ -17,8 +17,10 @@ from conftest import ENVIRONMENT, command_line, differing, tiny_images
 from advbn_lib import records, running
 from advbn_lib.__main__ import main
 from advbn_lib.checkpoints import CheckpointError, read_checkpoint
+from advbn_lib.confusion import accuracy_of, balanced_accuracy_of, commonest_answer_of, confusion
 from advbn_lib.data import DataError
 from advbn_lib.data.shifts import Shift
+from advbn_lib.evaluation import accuracy
 from advbn_lib.experiments import EXPERIMENTS, PRESETS, Preset, choose_preset, find
 from advbn_lib.provenance import state_checksum
 from advbn_lib.training import Schedule
@@ -201,9 +203,9 @@ def test_each_severity_can_be_tested_on_another_part_of_the_images(small, monkey
     method, test = running.train_method(job).method, running.load_images("tiny", "test").first(30)
     for severity in range(1, 6):
         part = test.part(severity - 1, 5)
-        expected = running.accuracy(method, part, Shift("contrast", severity))["clean"]
+        expected = accuracy(method, part, Shift("contrast", severity))["clean"]
         assert len(part) == 6 and record.metric(f"accuracy/clean/contrast-{severity}") == expected
-    assert record.metric("accuracy/clean/clean") == running.accuracy(method, test)["clean"]
+    assert record.metric("accuracy/clean/clean") == accuracy(method, test)["clean"]
     mean = sum(record.metric(f"accuracy/clean/contrast-{severity}") for severity in range(1, 6)) / 5
     assert record.metric("shift/clean/contrast") == pytest.approx(mean) == record.metric("mean/clean/digital")
 
@@ -215,10 +217,21 @@ def test_other_test_sets_are_tested_as_they_are(small, monkeypatch):
     monkeypatch.setattr(running, "load_images", lambda name, split: sets.get(name) or plain(name, split))
     record = running.run(small("advbn"))
     assert record.data["pacs/sketch, all"]["sha256"] == sets["pacs/sketch"].checksum
-    expected = running.accuracy(running.train_method(small("advbn")).method, sets["pacs/sketch"])
+    expected = accuracy(running.train_method(small("advbn")).method, sets["pacs/sketch"])
     assert {branch: record.metric(f"accuracy/{branch}/sketch") for branch in expected} == expected
     pair = [record.metric(f"accuracy/adversarial/{domain}") for domain in ("cartoon", "sketch")]
     assert record.metric("mean/adversarial/domains") == pytest.approx(sum(pair) / 2)
+    for branch, counts in confusion(running.train_method(small("advbn")).method, sets["pacs/sketch"]).items():
+        assert accuracy_of(counts) == pytest.approx(expected[branch])
+        assert record.metric(f"balanced/{branch}/sketch") == balanced_accuracy_of(counts)
+
+
+def test_an_answer_that_is_always_the_same_is_seen_as_such():
+    one_sided = torch.tensor([[80, 0, 0], [15, 0, 0], [5, 0, 0]])
+    assert accuracy_of(one_sided) == pytest.approx(0.8)
+    assert balanced_accuracy_of(one_sided) == pytest.approx(1 / 3) and commonest_answer_of(one_sided) == 1
+    absent = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])  # no image of the third class
+    assert balanced_accuracy_of(absent) == pytest.approx((3 / 4 + 1) / 2)
 
 
 def test_without_the_frost_pictures_frost_is_left_out_and_the_record_says_so(small, monkeypatch):

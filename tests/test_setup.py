@@ -96,6 +96,8 @@ def test_wheel_carries_the_records_and_nothing_else(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     sources = [file.relative_to(ROOT).as_posix() for file in (ROOT / "advbn_lib").rglob("*.py")]
+    data = (ROOT / "advbn_lib" / "data").glob("*")
+    sources += [file.relative_to(ROOT).as_posix() for file in data if file.suffix in (".json", ".txt")]
     assert sorted(names) == sorted([*sources, "advbn_lib/_records/advbn/cpu-s0.json"])
 
 

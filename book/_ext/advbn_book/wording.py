@@ -34,7 +34,7 @@ def three_digits(value: float, signed: bool) -> str:
 
 def is_accuracy(metric: str) -> bool:
     """Accuracies, and means of accuracies over shifts, are shares from 0 to 1."""
-    return metric.split("/")[0] in ("accuracy", "mean", "shift")
+    return metric.split("/")[0] in ("accuracy", "mean", "shift", "balanced", "commonest_answer")
 
 
 def seeds(count: int) -> str:
