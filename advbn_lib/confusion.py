@@ -30,15 +30,15 @@ def confusion(method: Method, test: ImageSet, precision: torch.dtype = torch.flo
 
 def accuracy_of(counts: Tensor) -> float:
     """Share of right answers, 0 to 1."""
-    return (counts.diag().sum() / counts.sum()).item()
+    return counts.diag().sum().item() / counts.sum().item()
 
 
 def balanced_accuracy_of(counts: Tensor) -> float:
     """Mean over the classes that occur of the share of each that is found, 0 to 1: every class counts the same."""
     present = counts.sum(1) > 0
-    return (counts.diag()[present] / counts.sum(1)[present]).mean().item()
+    return (counts.diag()[present].double() / counts.sum(1)[present]).mean().item()
 
 
 def commonest_answer_of(counts: Tensor) -> float:
     """Share of the answer that is given most often, 0 to 1: near 1 the network says the same of everything."""
-    return (counts.sum(0).max() / counts.sum()).item()
+    return counts.sum(0).max().item() / counts.sum().item()
