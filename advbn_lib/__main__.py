@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
+    except BrokenPipeError:  # whoever read the output has seen enough (| head); what is left to flush has no reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, DataError, CheckpointError, FloatingPointError, OSError) as error:
         print(f"advbn_lib: {error}", file=sys.stderr)
         return 1
@@ -159,17 +162,19 @@ def _report(options: argparse.Namespace) -> None:
     for name in [*EXPERIMENTS, *MEASUREMENTS]:
         found = records.load(name, options.preset, options.records)
         if found:
-            print(f"{name} ({options.preset}, n = {len(found)} seeds)\n{_rows(found)}")
+            seeds = "seed" if len(found) == 1 else "seeds"
+            print(f"{name} ({options.preset}, n = {len(found)} {seeds})\n{_rows(found)}")
 
 
 def _rows(found: list[records.Record]) -> str:
-    """A row for each number: accuracies in percent, measurements as they are."""
-    rows = []
-    for branch, table in found[0].metrics.get("accuracy", {}).items():
-        rows += [
-            _row(f"{branch:12s} {shift:18s}", records.aggregate(found, f"accuracy/{branch}/{shift}"), 100, " %")
-            for shift in table
-        ]
+    """A row for each number: accuracies in percent (means over severities, where there are several), measurements as they are."""
+    rows, metrics = [], found[0].metrics
+    for branch, table in metrics.get("accuracy", {}).items():
+        means = [f"mean/{branch}/{family}" for family in metrics.get("mean", {}).get(branch, {})]
+        shifts = [f"shift/{branch}/{shift}" for shift in metrics.get("shift", {}).get(branch, {})]
+        for path in means + (shifts or [f"accuracy/{branch}/{shift}" for shift in table]):
+            what = path.rpartition("/")[2] + (" (mean)" if path in means else "")
+            rows.append(_row(f"{branch:12s} {what:26s}", records.aggregate(found, path), 100, " %"))
     name = found[0].experiment
     if name in MEASUREMENTS:
         wanted = MEASUREMENTS[name].headline

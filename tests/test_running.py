@@ -471,6 +471,12 @@ def test_a_gpu_that_is_not_there_is_one_line_too(tmp_path, capsys):
     assert "\n" not in shown and "cuda" in shown.lower()
 
 
+def test_output_that_nobody_reads_to_the_end_is_no_error(smoke_run):
+    command = f"{sys.executable} -m advbn_lib --records {smoke_run / 'records'} show advbn | head -n 1"
+    done = subprocess.run(command, shell=True, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "{\n" and done.stderr == ""
+
+
 def test_errors_are_without_traceback_in_a_process_of_their_own(tmp_path):
     done = command_line("--records", tmp_path, "run", "advbn", "--preset", "huge")
     assert done.returncode == 1 and done.stdout == ""
