@@ -15,6 +15,15 @@ from .roles import depend_on_records, existing, records_folder
 
 logger = logging.getLogger(__name__)
 
+FOLDED = {  # long tables, and what their boxes say
+    "shift": "Each shift by itself",
+    "accuracy": "Each severity by itself",
+    "appearance": "Layer 1, eps 1.1",
+    "appearance_eps_0.5": "Layer 1, eps 0.5",
+    "appearance_layer2": "Layer 2, eps 1.1",
+    "appearance_layer2_eps_0.5": "Layer 2, eps 0.5",
+}
+
 
 def duration(seconds: float) -> str:
     """'41 s', '12 min' or '3.5 h'."""
@@ -31,7 +40,8 @@ def measured(runs: list, group: str) -> nodes.table:
     found = runs[0].metrics[group]
     if all(isinstance(value, dict) for value in found.values()):
         shifts = list(dict.fromkeys(shift for table in found.values() for shift in table))
-        head = [group, *(f"{branch} BN" for branch in found)]
+        column = "{} BN" if wording.is_accuracy(group) else "{}"
+        head = [group.replace("_", " "), *(column.format(branch).replace("_", " ") for branch in found)]
         rows = [
             [shift, *(cell(runs, f"{group}/{branch}/{shift}") if shift in table else "" for branch, table in found.items())]
             for shift in shifts
@@ -71,8 +81,9 @@ class RecordsIndex(SphinxDirective):
         spread = "with its 95 % interval" if len(runs) > 1 else "which gives no interval"
         scale = f" Scale: {PRESETS[preset].about}." if preset in PRESETS else ""
         section += nodes.paragraph("", f"Mean over {wording.seeds(len(runs))}, {spread}.{scale}")
-        section += [folded("Each severity by itself", measured(runs, group)) if group == "accuracy" else measured(runs, group)
-                    for group in runs[0].metrics]
+        for group in runs[0].metrics:
+            found = measured(runs, group)
+            section += folded(FOLDED[group], found) if group in FOLDED else found
         section += table_of(
             ["seed", "device", "wall time", "versions", "commit", "record"],
             [self.row(record) for record in runs],

@@ -42,12 +42,15 @@ class ClaimsLedger(SphinxDirective):
         claim, metric = finding.claim, finding.claim.first.metric
         compared = f"{side_in_words(claim.first)} \N{MINUS SIGN} {side_in_words(claim.second)}"
         effect = "not run" if finding.effect is None else wording.gap(finding.effect, metric, finding.preset)
-        limit = f"{wording.number(claim.above, metric, signed=True)} points"
+        unit = " points" if wording.is_accuracy(metric) else ""
+        limit = f"{wording.number(claim.above, metric, signed=True)}{unit}"
         return [claim.says, finding.verdict, effect, compared, limit]  # the verdict early: a phone shows two columns
 
 
 def side_in_words(side: claims.Side) -> str:
-    """``advbn, mean of corruptions, clean BN``."""
+    """``advbn, mean of corruptions, clean BN``; for a measurement ``appearance, noise, style change``."""
     kind, branch, what = side.metric.split("/")
+    if not wording.is_accuracy(side.metric):
+        return f"{side.experiment}, {branch}, {what.replace('_', ' ')}"
     images = f"mean of {what}" if kind == "mean" else f"{what} images"
     return f"{side.experiment}, {images}, {branch} BN"
