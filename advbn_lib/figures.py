@@ -98,7 +98,10 @@ def in_percent(value: Estimate, signed: bool = False) -> str:
         signed: for a difference: ``"+1.2 ± 0.4"``, percentage points.
     """
     mean = _signed(value.mean) if signed else f"{100 * value.mean:.1f}"
-    return mean if math.isnan(value.low) else f"{mean} ± {100 * (value.high - value.mean):.1f}"
+    if math.isnan(value.low):
+        return mean
+    text = f"{mean} ± {100 * (value.high - value.mean):.1f}"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")  # not to be broken in a narrow table
 
 
 def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None, title: str = "") -> Figure:

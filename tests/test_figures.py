@@ -387,7 +387,8 @@ def test_an_accuracy_map_has_a_percentage_in_each_cell():
     ],
 )  # fmt: skip
 def test_an_estimate_in_words(value, signed, text):
-    assert figures.in_percent(value, signed) == text
+    assert figures.in_percent(value, signed).replace("\N{NO-BREAK SPACE}", " ") == text
+    assert " " not in figures.in_percent(value, signed), "it may not be broken over two lines"
 
 
 def test_what_excludes_zero():
