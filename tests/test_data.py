@@ -286,9 +286,27 @@ def test_the_first_images_keep_their_order_and_too_many_are_refused():
         images.first(7).labels, images.labels[:7]
     )
     assert images.first(None) is images
-    for count in (0, -1, 21):
-        with pytest.raises(DataError, match=f"first {count} images, but it has 20"):
-            images.first(count)
+    assert torch.equal(images.first(7, 5).images, images.images[5:12])
+    assert torch.equal(images.first(None, 15).labels, images.labels[15:])
+    for count, start in ((0, 0), (-1, 0), (21, 0), (6, 15), (3, -1), (None, 20)):
+        with pytest.raises(DataError, match="asked for images .*, but it has 20"):
+            images.first(count, start)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 20])
+def test_the_parts_share_the_images_out(parts):
+    images = tiny_images(20)
+    chosen = [images.part(index, parts) for index in range(parts)]
+    assert sum(len(part) for part in chosen) == 20
+    assert max(len(part) for part in chosen) - min(len(part) for part in chosen) <= 1
+    for index, part in enumerate(chosen):
+        assert torch.equal(part.images, images.images[index::parts]) and torch.equal(part.labels, images.labels[index::parts])
+
+
+@pytest.mark.parametrize(("index", "parts"), [(3, 3), (-1, 3), (0, 0), (0, 21)])
+def test_a_part_that_is_not_there_is_refused(index, parts):
+    with pytest.raises(DataError, match=f"no part {index} of {parts} of its 20 images"):
+        tiny_images(20).part(index, parts)
 
 
 def test_the_checksum_notices_one_pixel_and_one_label():
@@ -326,4 +344,5 @@ def test_the_published_network_reads_the_real_cifar10():
 
 
 def test_every_named_set_can_be_loaded_by_its_name():
-    assert set(DATA_SETS) == {"cifar10", "digits"}
+    pacs = {f"pacs/{domain}" for domain in ("photo", "art_painting", "cartoon", "sketch")}
+    assert set(DATA_SETS) == {"cifar10", "digits"} | pacs

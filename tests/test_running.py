@@ -187,7 +187,7 @@ def test_damaged_weights_are_not_tested(small):
     final = small("clean_finetuning").folder / "final.pt"
     final.write_bytes(final.read_bytes()[:-1] + b"?")
     with pytest.raises(CheckpointError, match="damaged"):
-        running.run(small("clean_finetuning"), again=False)
+        running.train_method(small("clean_finetuning"))
 
 
 def test_fine_tuning_can_use_images_that_pretraining_did_not(small, monkeypatch):
