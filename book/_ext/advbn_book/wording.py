@@ -45,7 +45,10 @@ def interval(estimate, metric: str, signed: bool = False) -> str:
     """Write the interval, or say that one seed gives none."""
     if estimate.n < 2:
         return "no interval"
-    low, high = (number(value, metric, signed) for value in (estimate.low, estimate.high))
+    low, high = estimate.low, estimate.high
+    if is_accuracy(metric) and not signed:  # a share cannot leave 0 to 1, though a t interval does not know that
+        low, high = max(low, 0.0), min(high, 1.0)
+    low, high = (number(value, metric, signed) for value in (low, high))
     return f"95 % interval {low} to {high}"
 
 
