@@ -156,7 +156,7 @@ def run(job: Run, again: bool = False) -> records.Record:
         stored=load_cifar10c if job.preset.corruptions == "stored" else None,
     )  # fmt: skip
     balance = _test_elsewhere(trained.method, elsewhere, table, job.precision)
-    record = _record(job, trained, table, balance, described, round(time.perf_counter() - started, 2))
+    record = _record(job, trained, table, balance, described, round(time.perf_counter() - started, 4))
     records.write(record, job.records_folder)
     return record
 
@@ -246,7 +246,7 @@ def _record(
         cost={
             "train_seconds": train_seconds,
             "test_seconds": test_seconds,
-            "wall_seconds": round(train_seconds + test_seconds, 2),
+            "wall_seconds": round(train_seconds + test_seconds, 4),
             "peak_memory_mib": trained.peak_memory_mib,
         },
         hardware=trained.hardware,
