@@ -38,6 +38,15 @@ def data_folder() -> Path:
     return Path(os.environ["ADVBN_DATA"])
 
 
+@pytest.fixture(scope="session")
+def released() -> dict[str, np.ndarray]:
+    """What the released CIFAR-10-C generator makes of 8 images."""
+    path = Path(os.environ.get("ADVBN_GOLDEN", "")) / "cifar10c_first8.npz"
+    if not path.is_file():
+        pytest.skip("ADVBN_GOLDEN does not name a folder with cifar10c_first8.npz (it holds data-set images)")
+    return dict(np.load(path))
+
+
 def tiny_network(width: int = 4) -> CifarResNet:
     """A ResNet-8 for 10 classes."""
     return CifarResNet(8, width)

@@ -2,7 +2,6 @@
 
 import colorsys
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -62,15 +61,6 @@ def with_frost(name: str) -> None:
     """Skip the test of frost where its images are not."""
     if name == "frost":
         data_folder()
-
-
-@pytest.fixture(scope="module")
-def released() -> dict[str, np.ndarray]:
-    """What the released CIFAR-10-C generator makes of 8 images."""
-    path = Path(os.environ.get("ADVBN_GOLDEN", "")) / "cifar10c_first8.npz"
-    if not path.is_file():
-        pytest.skip("ADVBN_GOLDEN does not name a folder with cifar10c_first8.npz (it holds data-set images)")
-    return dict(np.load(path))
 
 
 # What the released generator draws for one image, in its order, in the form of advbn_lib's functions.

@@ -1,8 +1,6 @@
 """The shifted test sets, and accuracy under them."""
 
 import colorsys
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,15 +31,6 @@ def some_images() -> torch.Tensor:
     images = torch.randint(0, 256, (6, 3, 32, 32)) / 255
     images[0], images[1], images[2, :2] = 0, 1, 0
     return images
-
-
-@pytest.fixture(scope="module")
-def released() -> dict[str, np.ndarray]:
-    """What the released CIFAR-10-C generator makes of 8 images."""
-    path = Path(os.environ.get("ADVBN_GOLDEN", "")) / "cifar10c_first8.npz"
-    if not path.is_file():
-        pytest.skip("ADVBN_GOLDEN does not name a folder with cifar10c_first8.npz (it holds data-set images)")
-    return dict(np.load(path))
 
 
 @pytest.mark.parametrize("severity", range(1, 6))
