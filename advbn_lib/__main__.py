@@ -15,8 +15,9 @@ from advbn_lib.adversarial_images import ExportConfig, export
 from advbn_lib.checkpoints import CheckpointError
 from advbn_lib.data.images import DataError
 from advbn_lib.data.sets import load_images
-from advbn_lib.experiments import EXPERIMENTS, PRESETS
+from advbn_lib.experiments import EXPERIMENTS
 from advbn_lib.measurements import DECODERS, MEASUREMENTS, Job, run_measurement
+from advbn_lib.presets import PRESETS
 from advbn_lib.running import Run, choose_device, is_current, prepare, run, start_network, train_method
 
 

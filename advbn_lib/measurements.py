@@ -17,7 +17,7 @@ from advbn_lib import benchmarks, records
 from advbn_lib.appearance_study import StudyConfig, study
 from advbn_lib.data.sets import load_images
 from advbn_lib.decoder import DecoderConfig
-from advbn_lib.experiments import PRESETS
+from advbn_lib.presets import PRESETS
 from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, versions
 from advbn_lib.running import check_seed, prepare, start_network
 from advbn_lib.training import Schedule

@@ -24,9 +24,11 @@ from advbn_lib.data.loader import DeviceLoader
 from advbn_lib.data.sets import load_images
 from advbn_lib.data.shifts import Shift, parse_shift
 from advbn_lib.evaluation import accuracies, family_means, shift_means
-from advbn_lib.experiments import Experiment, Preset, find
+from advbn_lib.experiments import Experiment, find
 from advbn_lib.methods.base import Method
 from advbn_lib.models.cifar_resnet import CifarResNet, load_published_weights, resnet18_for_cifar
+from advbn_lib.models.efficientnet import efficientnet_b0_for_cifar
+from advbn_lib.presets import Preset
 from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, state_checksum, versions
 from advbn_lib.training import History, Schedule, precision_on, train
 from advbn_lib.weights import published_weights
@@ -36,6 +38,7 @@ from advbn_lib.weights import published_weights
 # of data sets: a set's checksum says what was read.
 TRAINING_CODE = ("advbn_lib.training", "advbn_lib.data.loader", "advbn_lib.models.cifar_resnet", "advbn_lib.weights")
 TESTING_CODE = ("advbn_lib.evaluation",)
+FOR_CIFAR = {"resnet18": resnet18_for_cifar, "efficientnet_b0": efficientnet_b0_for_cifar}  # networks for 32x32 images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +92,18 @@ class Run:
     @property
     def training_code(self) -> str:
         """Hash of the code that its weights depend on."""
-        return code_hash([*TRAINING_CODE, self.experiment.method.trains.__module__])
+        return code_hash([*TRAINING_CODE, *self._method_code])
 
     @property
     def code(self) -> str:
         """Hash of the code that its numbers depend on."""
         elsewhere = ["advbn_lib.confusion"] if self.preset.elsewhere else []
-        return code_hash([*TRAINING_CODE, *TESTING_CODE, *elsewhere, self.experiment.method.trains.__module__])
+        return code_hash([*TRAINING_CODE, *TESTING_CODE, *elsewhere, *self._method_code])
+
+    @property
+    def _method_code(self) -> tuple[str, ...]:
+        method = self.experiment.method
+        return (method.trains.__module__, *getattr(method, "built_with", ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,9 +317,9 @@ def start_network(job: Run) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def new_network(name: str, classes: int = 10) -> nn.Module:
-    """``"resnet8"`` (for smoke tests), ``"resnet20"`` and so on (CIFAR ResNets), or ``"resnet18"`` with a 32x32 stem."""
-    if name == "resnet18":
-        return resnet18_for_cifar(classes)
+    """``"resnet8"`` (for smoke tests), ``"resnet20"`` and so on (CIFAR ResNets), or another of ``FOR_CIFAR``."""
+    if name in FOR_CIFAR:
+        return FOR_CIFAR[name](classes)
     return CifarResNet(int(name.removeprefix("resnet")), num_classes=classes)
 
 

@@ -12,7 +12,8 @@ from scipy import stats
 
 from advbn_lib import records
 from advbn_lib.measurements import MEASUREMENTS
-from advbn_lib.experiments import EXPERIMENTS, PRESETS
+from advbn_lib.experiments import EXPERIMENTS
+from advbn_lib.presets import PRESETS
 from advbn_lib.records import Record, RecordError
 from advbn_lib.running import prepare
 

@@ -21,7 +21,8 @@ from advbn_lib.confusion import accuracy_of, balanced_accuracy_of, commonest_ans
 from advbn_lib.data import DataError
 from advbn_lib.data.shifts import Shift
 from advbn_lib.evaluation import accuracy
-from advbn_lib.experiments import EXPERIMENTS, PRESETS, Preset, choose_preset, find
+from advbn_lib.experiments import EXPERIMENTS, find
+from advbn_lib.presets import PRESETS, Preset, choose_preset
 from advbn_lib.provenance import state_checksum
 from advbn_lib.training import Schedule
 
@@ -83,9 +84,14 @@ def test_every_experiment_runs_and_its_record_says_all(small, experiment):
     job = small(experiment)
     record = running.run(job)
     assert records.read(records.path_of(experiment, "smoke", 0, job.records_folder)) == record
-    one_set = ("Plain", "Clean", "Augmented")
-    config = EXPERIMENTS[experiment].method
-    single = type(config).__name__ in one_set or not getattr(config, "dual_bn", True) or config.layer == "layer3"
+    one_set = ("Clean", "Augmented")
+    config, from_scratch = EXPERIMENTS[experiment].method, EXPERIMENTS[experiment].stage != "fine_tuning"
+    single = (
+        type(config).__name__ in one_set
+        or from_scratch
+        or not getattr(config, "dual_bn", True)
+        or config.layer == "layer3"
+    )
     branches = {"clean"} if single else {"clean", "adversarial"}
     assert {branch: list(table) for branch, table in record.metrics["accuracy"].items()} == {
         branch: ["clean", "contrast-3"] for branch in branches
@@ -97,7 +103,7 @@ def test_every_experiment_runs_and_its_record_says_all(small, experiment):
         record.config["seed"] == 0 and record.config["method"]["kind"] == EXPERIMENTS[experiment].method.trains.__name__
     )
     assert {name: row["images"] for name, row in record.data.items()} == {
-        "tiny/train": 50 if experiment == "pretrain" else 40,
+        "tiny/train": 50 if EXPERIMENTS[experiment].stage == "pretraining" else 40,
         "tiny/test": 30,
     }
     assert record.cost["wall_seconds"] > 0 and record.hardware["device"] == "cpu" and record.code["hash"] == job.code
@@ -215,7 +221,10 @@ def test_each_severity_can_be_tested_on_another_part_of_the_images(small, monkey
 
 def test_other_test_sets_are_tested_as_they_are(small, monkeypatch):
     monkeypatch.setitem(PRESETS, "smoke", dataclasses.replace(SMALL, elsewhere=("pacs/cartoon", "pacs/sketch")))
-    sets = {"pacs/cartoon": tiny_images(20, seed=8, name="pacs/cartoon, all"), "pacs/sketch": tiny_images(20, seed=9, name="pacs/sketch, all")}
+    sets = {
+        "pacs/cartoon": tiny_images(20, seed=8, name="pacs/cartoon, all"),
+        "pacs/sketch": tiny_images(20, seed=9, name="pacs/sketch, all"),
+    }
     plain = running.load_images
     monkeypatch.setattr(running, "load_images", lambda name, split: sets.get(name) or plain(name, split))
     record = running.run(small("advbn"))
@@ -250,7 +259,15 @@ def test_without_the_frost_pictures_frost_is_left_out_and_the_record_says_so(sma
 
 
 def test_train_only_keeps_the_weights_for_a_later_test(tmp_path, trainings):
-    arguments = ["--records", str(tmp_path / "records"), "run", "clean_finetuning", "--runs", str(tmp_path / "runs"), "--quiet"]
+    arguments = [
+        "--records",
+        str(tmp_path / "records"),
+        "run",
+        "clean_finetuning",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--quiet",
+    ]
     assert main([*arguments, "--train-only"]) == 0
     assert trainings == ["PlainTraining", "CleanFineTuning"] and not list(tmp_path.rglob("*.json"))
     assert main(arguments) == 0
@@ -304,7 +321,7 @@ def test_too_few_images_are_refused(small, monkeypatch):
     ("arguments", "message"),
     [
         (("nothing", "smoke"), "no experiment 'nothing'; there are pretrain, untouched"), (("advbn", "huge"), "no preset 'huge'; there are smoke"),
-        (("pretrain", "cpu"), "starts from published weights"), (("advbn", "smoke", -1), "a seed goes from 0 to 2147483647, got -1"),
+        (("pretrain", "cpu"), "trains from scratch, but preset 'cpu' starts from published weights; presets for it: smoke"), (("advbn", "smoke", -1), "a seed goes from 0 to 2147483647, got -1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_is_refused(arguments, message):
@@ -358,7 +375,9 @@ def wait_for_a_checkpoint(folder: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
 def test_a_run_killed_by_the_system_and_started_again_gives_the_same_record_and_weights(smoke_run, tmp_path):
-    shutil.copytree(smoke_run / "runs/pretrain", tmp_path / "runs/pretrain")  # only the fine-tuning is run and killed here
+    shutil.copytree(
+        smoke_run / "runs/pretrain", tmp_path / "runs/pretrain"
+    )  # only the fine-tuning is run and killed here
     arguments = [
         "--records",
         tmp_path / "records",

@@ -7,12 +7,14 @@ from functools import partial
 from typing import Literal
 
 from advbn_lib.data.cifar10 import load_cifar10
+from advbn_lib.data.cifar100 import load_cifar100
 from advbn_lib.data.digits import load_digits
 from advbn_lib.data.images import DataError, ImageSet
 from advbn_lib.data.pacs import load_pacs_split
 
 DATA_SETS: dict[str, Callable[[Literal["train", "test"]], ImageSet]] = {
     "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
     "digits": load_digits,
     **{f"pacs/{domain}": partial(load_pacs_split, domain) for domain in ("photo", "art_painting", "cartoon", "sketch")},
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import groupby
+
 from docutils import nodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from advbn_lib import records
-from advbn_lib.experiments import PRESETS
+from advbn_lib.presets import PRESETS
 
 from . import wording
 from .roles import depend_on_records, existing, records_folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from docutils import nodes
+from docutils.parsers.rst import directives
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
@@ -18,9 +18,13 @@ logger = logging.getLogger(__name__)
 
 
 class ClaimsLedger(SphinxDirective):
-    """``{claims-ledger} PRESET``: a table of the claims in ``book/claims.yml`` that are decided at that preset."""
+    """``{claims-ledger} PRESET``: a table of the claims in ``book/claims.yml`` that are decided at that preset.
+
+    With the option ``:papers: A, B`` only the claims of these papers.
+    """
 
     required_arguments = 1
+    option_spec = {"papers": directives.unchanged_required}
 
     def run(self):
         preset, folder = self.arguments[0], records_folder(self.env.app)
@@ -28,6 +32,9 @@ class ClaimsLedger(SphinxDirective):
         self.env.note_dependency(str(ledger))
         try:
             chosen = [claim for claim in claims.read_claims(ledger) if preset in claim.presets]
+            if "papers" in self.options:
+                papers = [name.strip() for name in self.options["papers"].split(",")]
+                chosen = [claim for claim in chosen if claim.paper in papers]
             findings = [claims.decide(claim, preset, folder) for claim in chosen]
             for finding in findings:
                 for side in (finding.claim.first, finding.claim.second):
@@ -48,9 +55,10 @@ class ClaimsLedger(SphinxDirective):
 
 
 def side_in_words(side: claims.Side) -> str:
-    """``advbn, mean of corruptions, clean BN``; for a measurement ``appearance, noise, style change``."""
-    kind, branch, what = side.metric.split("/")
-    if not wording.is_accuracy(side.metric):
-        return f"{side.experiment}, {branch}, {what.replace('_', ' ')}"
+    """``advbn, mean of corruptions, clean BN``; of others all but the group, ``appearance, noise, style change``."""
+    kind, *rest = side.metric.split("/")
+    if kind not in ("accuracy", "mean"):
+        return ", ".join([side.experiment, *(part.replace("_", " ") for part in rest)])
+    branch, what = rest
     images = f"mean of {what}" if kind == "mean" else f"{what} images"
     return f"{side.experiment}, {images}, {branch} BN"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 MINUS = "\N{MINUS SIGN}"
+SHARES = ("accuracy", "mean", "shift", "balanced", "commonest_answer", "detection", "segmentation")
 
 
 def number(value: float, metric: str, signed: bool = False) -> str:
@@ -33,8 +34,8 @@ def three_digits(value: float, signed: bool) -> str:
 
 
 def is_accuracy(metric: str) -> bool:
-    """Accuracies, and means of accuracies over shifts, are shares from 0 to 1."""
-    return metric.split("/")[0] in ("accuracy", "mean", "shift", "balanced", "commonest_answer")
+    """Accuracies, means of them over shifts, average precisions and overlaps are shares from 0 to 1."""
+    return metric.split("/")[0] in SHARES
 
 
 def seeds(count: int) -> str:
