@@ -42,3 +42,11 @@ class ExtraForwards(FeatureAugmentation):
                     cut.loss(cut.features)
         clean = self.task.loss(inputs, targets)
         return Losses(clean, clean)
+
+
+class NoAugmentation(FeatureAugmentation):
+    """The task's own loss alone."""
+
+    def forward(self, inputs: Any, targets: Any) -> Losses:
+        clean = self.task.loss(inputs, targets)
+        return Losses(clean, clean)
