@@ -1,6 +1,7 @@
 """The set of image-level adversaries: any change of the pixels, none by more than eps.
 
-Source: the l-infinity threat model of Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks" (ICLR 2018).
+Source: the l-infinity threat model of Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks"
+(ICLR 2018).
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ TOLERANCE = 1e-3  # normalising and back in float32 is off by far less; images i
 class PixelBall:
     """The l-infinity ball of radius ``eps`` around an image, cut to the pixels that an image can have.
 
-    It is applied to normalised images (N,C,H,W), as a network sees them. A delta is one tensor of that shape, in pixel units:
-    0 is black and 1 is white, so that ``eps``, the ascent's step size and the delta are in the same unit whatever the
-    normalisation.
+    It is applied to normalised images (N,C,H,W), as a network sees them. A delta is one tensor of that shape, in pixel
+    units: 0 is black and 1 is white, so that ``eps``, the ascent's step size and the delta are in the same unit
+    whatever the normalisation.
 
     Args:
         eps: radius in [0,1] units, e.g. 4/255; from 0 to 1.
-        mean, std: of each channel, in [0,1] units: what the images were normalised with. (0,), (1,) for images in [0,1].
+        mean, std: of each channel, in [0,1] units: what the images were normalised with. (0,), (1,) for images in
+            [0,1].
 
     Raises:
         ValueError: eps is out of its range, or mean and std do not fit each other.
@@ -70,7 +72,7 @@ class PixelBall:
         return x + delta[0] / self._channels(self.std, x)
 
     def project(self, x: Tensor, delta: Delta) -> Delta:
-        # Rounding can put a black or white pixel just outside [0,1]. "No change" must stay in the set, so 0 is never cut off.
+        # Rounding can put a black or white pixel just outside [0,1]. "No change" stays in the set: 0 is never cut off.
         pixels = self.pixels(x)
         lowest, highest = (-pixels).clamp(-self.eps, 0), (1 - pixels).clamp(0, self.eps)
         return (torch.maximum(lowest, torch.minimum(delta[0], highest)),)

@@ -1,7 +1,7 @@
 """CIFAR-100 (Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009), in torchvision's form.
 
-``<root>/cifar-100-python`` or ``<root>/cifar100/cifar-100-python``, downloaded if it is not there. Every file is checked before it
-is used: a set is read whole or not at all.
+``<root>/cifar-100-python`` or ``<root>/cifar100/cifar-100-python``, downloaded if it is not there. Every file is
+checked before it is used: a set is read whole or not at all.
 """
 
 from __future__ import annotations

@@ -1,11 +1,16 @@
 """The methods: each is a few lines over the one inner maximisation."""
 
 from advbn_lib.methods.advbn import AdvBN
+from advbn_lib.methods.advprop import AdvProp
+from advbn_lib.methods.afan import AFAN, FeatureAugmentation, Site
+from advbn_lib.methods.alfa import LearnableAFAN
 from advbn_lib.methods.augmix import AugMix, AugMixAdvBN, Mixing
 from advbn_lib.methods.base import Losses, Method
 from advbn_lib.methods.baselines import CleanFineTuning, PlainTraining, RandomStatistics, UnchangedStatistics
+from advbn_lib.methods.feature_controls import ExtraForwards, FeatureNoise, NoAugmentation, UnchangedFeatures
 
 __all__ = [
-    "AdvBN", "AugMix", "AugMixAdvBN", "CleanFineTuning", "Losses", "Method", "Mixing", "PlainTraining", "RandomStatistics",
-    "UnchangedStatistics",
+    "AFAN", "AdvBN", "AdvProp", "AugMix", "AugMixAdvBN", "CleanFineTuning", "ExtraForwards", "FeatureAugmentation", "FeatureNoise",
+    "LearnableAFAN", "Losses", "Method", "Mixing", "NoAugmentation", "PlainTraining", "RandomStatistics", "Site",
+    "UnchangedFeatures", "UnchangedStatistics",
 ]  # fmt: skip

@@ -39,9 +39,9 @@ class Site:
             clean feature, 0 where the point itself is used; ``"0011"`` for the stronger half of five. Empty: no 1.
         over: what the re-injected statistics are taken over: ``"channels"``, at each position, as in the released code, or
             ``"batch"`` (N,H,W), as the paper's abstract can be read.
-        weight: of the loss at each of these points.
+        weight: of the loss at each of these points, above 0.
         eps: radius of the ball that each step is projected into, in 1/255; None: not projected, as in the released settings.
-        random_start: begin at a random point of that ball.
+        random_start: begin at a random point of that ball. (The released code can also start at random without projecting.)
     """
 
     layer: str
@@ -57,6 +57,8 @@ class Site:
     def __post_init__(self):
         if self.points < 2:
             raise ValueError(f"points counts the clean and the adversarial feature: at least 2, got {self.points}")
+        if not self.weight > 0:
+            raise ValueError(f"weight must be above 0, got {self.weight}")
         if self.mix and (len(self.mix) != self.points - 1 or set(self.mix) - set("01")):
             raise ValueError(
                 f"mix needs a 0 or 1 for each of the {self.points - 1} points after the clean one, got {self.mix!r}"
@@ -133,6 +135,7 @@ class FeatureAugmentation(Method):
         weighted, weights = 0.0, 0.0
         for site in self.sites:
             cut = self.task.cut(inputs, targets, site.layer)
+            _check_precision(cut.features.device)
             for features in site.path(cut.features, self.change(cut, site)):
                 weighted = weighted + site.weight * cut.loss(features).mean()
                 weights += site.weight
@@ -164,7 +167,6 @@ class AFAN(FeatureAugmentation):
 
     def attack(self, cut: Cut, site: Site) -> Ascended:
         """The worst change of the features at a site: ``delta`` is one tensor of their shape."""
-        _check_precision(cut.features)
         with evaluating(self.model) if self.attack_mode == "eval" else nullcontext():
             return ascend(cut.loss, cut.features, site.ball, site.climb)
 
@@ -172,11 +174,13 @@ class AFAN(FeatureAugmentation):
         return site.ball.apply(cut.features, self.attack(cut, site).delta)
 
 
-def _check_precision(features: Tensor) -> None:
-    if torch.is_autocast_enabled(features.device.type):
-        dtype = torch.get_autocast_dtype(features.device.type)
-        if dtype == torch.bfloat16:
-            warnings.warn(
-                "A-FAN's steps are smaller than what bfloat16 can tell apart: train it in float32 (precision=torch.float32)",
-                stacklevel=3,
-            )
+def _check_precision(device: torch.device) -> None:
+    if not torch.is_autocast_enabled(device.type):
+        return
+    dtype = torch.get_autocast_dtype(device.type)
+    if dtype in (torch.bfloat16, torch.float16):
+        warnings.warn(
+            f"A-FAN's steps are about as small as what {str(dtype).removeprefix('torch.')} can tell apart: "
+            "train it in float32 (precision=torch.float32)",
+            stacklevel=4,
+        )
