@@ -22,7 +22,7 @@ from advbn_lib import AdvBN, CleanFineTuning, DualBatchNorm, RandomStatistics, r
 from advbn_lib.checkpoints import CheckpointError, read_checkpoint, save_checkpoint
 from advbn_lib.data.imagenet import ImageNetFolder, ImageNetLoader, Share, find_parts, imagenet_r_wnids, imagenet_wnids
 from advbn_lib.data.images import DataError
-from advbn_lib.methods import PlainTraining
+from advbn_lib.methods import AFAN, FeatureNoise, NoAugmentation, PlainTraining
 from advbn_lib.metrics import ALEXNET
 from advbn_lib.paper import accuracy, protocol, selection, training
 from advbn_lib.paper.__main__ import main
@@ -72,7 +72,8 @@ def small_method(name: str = "advbn"):
 
 def test_the_recipe_is_the_papers():
     assert dataclasses.asdict(PaperRecipe()) == {
-        "method": "advbn", "network": "resnet50", "layer": "layer1", "eps": 1.1, "step_size": 0.2, "steps": 6, "epochs": 20,
+        "method": "advbn", "network": "resnet50", "layer": "layer1", "eps": 1.1, "step_size": 0.2, "steps": 6,
+        "feature_step": 0.5, "feature_steps": 5, "epochs": 20,
         "batch_size": 256, "lr": 1e-3, "milestones": (10,), "gamma": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "crop": 224,
         "keep_every": 10, "seed": 0,
     }  # fmt: skip
@@ -104,15 +105,22 @@ def test_the_controls_are_those_of_the_book():
         "clean_finetuning": CleanFineTuning,
         "random_statistics": RandomStatistics,
         "advbn_shared_bn": AdvBN,
+        "plain": NoAugmentation,
+        "afan": AFAN,
+        "feature_noise": FeatureNoise,
     }
     methods = {name: small_method(name) for name in METHODS}
     assert {name: type(method) for name, method in methods.items()} == types
     branches = {name: len(method.branches) for name, method in methods.items()}
-    assert branches == {"advbn": 2, "clean_finetuning": 1, "random_statistics": 2, "advbn_shared_bn": 1}
+    assert {name for name, count in branches.items() if count == 2} == {"advbn", "random_statistics"}
+    assert set(branches.values()) == {1, 2}
+    whole = {name for name, method in methods.items() if all(p.requires_grad for p in method.parameters())}
+    assert whole == {"plain", "afan", "feature_noise"}, "AdvBN and its controls freeze what is below the cut"
 
 
 def test_only_method_and_seed_may_differ_from_the_papers():
     assert PaperRecipe("random_statistics", seed=3).is_the_papers
+    assert not PaperRecipe("afan").is_the_papers, "the recipe is AdvBN's"
     for change in ({"crop": 160}, {"epochs": 10}, {"eps": 0.5}, {"network": "resnet18"}, {"batch_size": 512}):
         assert not PaperRecipe(**change).is_the_papers
     run = PaperRun(PaperRecipe(), Path("."))

@@ -63,11 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--weights", default=PAPERS_WEIGHTS, help="to start from: torchvision's name, a file, or none"
     )
-    for name in ("layer", "eps", "epochs", "batch_size", "lr"):
+    for name in ("layer", "eps", "feature_step", "epochs", "batch_size", "lr"):
         default = getattr(recipe, name)
         training.add_argument(
             f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default: {default}"
         )
+    training.add_argument(
+        "--milestones", type=int, nargs="*", default=recipe.milestones, help="epochs from which on the rate is a tenth"
+    )
     training.set_defaults(command=_train)
 
     testing = commands.add_parser("test", parents=[common], help="test on ImageNet and its shifted versions")
@@ -87,6 +90,7 @@ def _train(options: argparse.Namespace, processes: Processes) -> None:
     if options.data is None:
         raise ValueError("say where ImageNet is: --data FOLDER")
     chosen = {name: getattr(options, name) for name in PaperRecipe.__dataclass_fields__ if hasattr(options, name)}
+    chosen["milestones"] = tuple(options.milestones)
     run = PaperRun(
         PaperRecipe(**chosen), options.data, options.weights, options.runs, options.records, options.workers, options.partial,
         show_progress=not options.quiet,

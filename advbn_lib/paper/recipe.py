@@ -18,12 +18,17 @@ from torch import nn
 
 from advbn_lib.data.images import DataError
 from advbn_lib.methods.advbn import AdvBN
-from advbn_lib.methods.base import AboveTheCut
+from advbn_lib.methods.afan import AFAN, Site
+from advbn_lib.methods.base import Method
 from advbn_lib.methods.baselines import CleanFineTuning, RandomStatistics
+from advbn_lib.methods.feature_controls import FeatureNoise, NoAugmentation
 from advbn_lib.provenance import state_checksum
+from advbn_lib.tasks.classification import Classification
 from advbn_lib.training import Schedule
 
-METHODS = ("advbn", "clean_finetuning", "random_statistics", "advbn_shared_bn")
+ABOVE_THE_CUT = ("advbn", "clean_finetuning", "random_statistics", "advbn_shared_bn")  # AdvBN and its controls
+WHOLE_NETWORK = {"plain": NoAugmentation, "afan": AFAN, "feature_noise": FeatureNoise}  # A-FAN and its controls
+METHODS = (*ABOVE_THE_CUT, *WHOLE_NETWORK)
 CLASSES = 1000
 PAPERS_WEIGHTS = "IMAGENET1K_V1"  # torchvision's name for the ResNet-50 weights that begin their SHA-256 with 0676ba61
 
@@ -33,9 +38,13 @@ class PaperRecipe:
     """All that is chosen for a training, with the paper's values.
 
     Args:
-        method: ``"advbn"``, or one of its controls at the same scale.
-        network, layer: torchvision's name of the network, and where it is cut: everything up to this layer is frozen.
-        eps, step_size, steps: of the adversary. ``eps`` also holds for random statistics.
+        method: ``"advbn"``, or one of its controls at the same scale. ``"afan"``, ``"feature_noise"`` and ``"plain"`` train the
+            whole network. A-FAN's paper trained on ImageNet too, but we do not know with which schedule: choose ``epochs``, ``lr``
+            and ``milestones`` yourself.
+        network, layer: torchvision's name of the network, and where it is cut. For AdvBN everything up to this layer is frozen.
+        eps, step_size, steps: of AdvBN's adversary. ``eps`` also holds for random statistics.
+        feature_step, feature_steps: of A-FAN's: ``gamma`` and ``steps`` of :class:`~advbn_lib.methods.afan.Site`, as released
+            for CIFAR-10.
         epochs, lr, milestones, gamma, momentum, weight_decay: see :class:`~advbn_lib.training.Schedule`.
         batch_size: images a step, all processes together.
         crop: side of the training and test images in pixels.
@@ -48,6 +57,8 @@ class PaperRecipe:
     eps: float = 1.1
     step_size: float = 0.2
     steps: int = 6
+    feature_step: float = 0.5
+    feature_steps: int = 5
     epochs: int = 20
     batch_size: int = 256
     lr: float = 1e-3
@@ -75,11 +86,11 @@ class PaperRecipe:
 
     @property
     def is_the_papers(self) -> bool:
-        """Whether nothing but the method and the seed differs from the paper's values."""
-        return dataclasses.replace(self, method="advbn", seed=0) == PaperRecipe()
+        """Whether nothing but the choice of AdvBN or a control of it, and the seed, differs from AdvBN's paper."""
+        return self.method in ABOVE_THE_CUT and dataclasses.replace(self, method="advbn", seed=0) == PaperRecipe()
 
-    def build(self, model: nn.Module) -> AboveTheCut:
-        """The method, on ``model``, with the frozen part's parameters marked so.
+    def build(self, model: nn.Module) -> Method:
+        """The method, on ``model``, with the parameters of what is frozen marked so.
 
         Raises:
             SplitError: the network has no such layer, or cannot be cut there.
@@ -90,7 +101,10 @@ class PaperRecipe:
             parameter.requires_grad_(id(parameter) in trained)
         return method
 
-    def _method(self, model: nn.Module) -> AboveTheCut:
+    def _method(self, model: nn.Module) -> Method:
+        if self.method in WHOLE_NETWORK:
+            site = Site(self.layer, self.feature_step, self.feature_steps)
+            return WHOLE_NETWORK[self.method](Classification(model), [site])
         if self.method == "clean_finetuning":
             return CleanFineTuning(model, self.layer)
         if self.method == "random_statistics":
