@@ -45,6 +45,25 @@ REPORTED = {
     for method, value in values.items()
 }
 
+_AFAN = "official code, github.com/VITA-Group/CV_A-FAN"
+_CHECKPOINTS = "our reading of the file names of released checkpoints"
+
+REPORTED |= {
+    "afan/cifar10/afan": Reported(
+        94.82, "%", "CIFAR-10 accuracy on clean images, five steps at stage 1",
+        "ResNet-56 on CIFAR-10, 45,000 training images, 200 epochs", f"README of the {_AFAN}",
+        "read there; not measured by us; no number of its baseline was found",
+    ),
+    "afan/voc07_map/standard": Reported(
+        73.96, "mAP", "VOC2007 detection", "Faster R-CNN with ResNet-50 on VOC2007",
+        f'checkpoint name "7396" in the {_AFAN}', f"{_CHECKPOINTS}; not measured by us",
+    ),
+    "afan/voc07_map/afan": Reported(
+        75.38, "mAP", "VOC2007 detection", "Faster R-CNN with ResNet-50 on VOC2007",
+        f'checkpoint name "7538" and a comment in the {_AFAN}', f"{_CHECKPOINTS} and a comment; not measured by us",
+    ),
+}  # fmt: skip
+
 
 def gain(metric: str) -> float:
     """AdvBN minus standard training on one of the paper's metrics, e.g. ``"imagenet_c_mce"``."""

@@ -139,7 +139,7 @@ class FeatureAugmentation(Method):
             for features in site.path(cut.features, self.change(cut, site)):
                 weighted = weighted + site.weight * cut.loss(features).mean()
                 weights += site.weight
-        # The clean pass comes last, as in the released code: BatchNorm's running statistics lean on it.
+        # The clean pass comes last, as in the released code for classification: running statistics lean on it.
         clean = self.task.loss(inputs, targets)
         return Losses(self.clean_weight * clean + weighted, clean, weighted / weights)
 
