@@ -99,6 +99,9 @@ def _list(options: argparse.Namespace) -> None:
                 print(f"    {preset}: seeds {', '.join(str(r.seed) for r in found)}{remark}")
     for measurement in MEASUREMENTS.values():
         print(f"{measurement.name}: {measurement.about}")
+        for preset in measurement.presets:
+            if found := records.load(measurement.name, preset, options.records):
+                print(f"    {preset}: seeds {', '.join(str(record.seed) for record in found)}")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -178,9 +181,10 @@ def _rows(found: list[records.Record]) -> str:
             rows.append(_row(f"{branch:12s} {what:26s}", records.aggregate(found, path), 100, " %"))
     name = found[0].experiment
     if name in MEASUREMENTS:
-        wanted = MEASUREMENTS[name].headline
-        paths = [path for path in _paths(found[0].metrics[name]) if not wanted or path.rpartition("/")[2] in wanted]
-        rows += [_row(f"{path:45s}", records.aggregate(found, f"{name}/{path}"), 1, "", 3) for path in paths]
+        measurement = MEASUREMENTS[name]
+        group, wanted = measurement.group or name, measurement.headline
+        paths = [path for path in _paths(metrics[group]) if not wanted or path.rpartition("/")[2] in wanted]
+        rows += [_row(f"{path:45s}", records.aggregate(found, f"{group}/{path}"), 1, "", 3) for path in paths]
     return "\n".join(rows)
 
 

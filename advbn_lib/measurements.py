@@ -1,4 +1,4 @@
-"""What is measured and not trained for its accuracy: the loader's speed, the adversary's looks. Each gives a record."""
+"""What gives a record and is no training of a classifier: the loader's speed, the adversary's looks, detection, segmentation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from advbn_lib import benchmarks, records
+from advbn_lib import benchmarks, detection_bench, records, segmentation_bench
 from advbn_lib.appearance_study import StudyConfig, study
 from advbn_lib.data.sets import load_images
 from advbn_lib.decoder import DecoderConfig
 from advbn_lib.presets import PRESETS
 from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, versions
 from advbn_lib.running import check_seed, prepare, start_network
+from advbn_lib.task_runs import ABOUT, METHODS, run_bench
 from advbn_lib.training import Schedule
 
 
@@ -41,6 +42,7 @@ class Outcome:
 
     metrics: dict[str, Any]
     curves: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
 
@@ -57,7 +59,8 @@ class Measurement:
         measure: makes it.
         on_gpu: whether it uses the GPU if there is one.
         repeatable: whether the same code gives the same numbers; then it is not made twice.
-        headline: the numbers that the command line prints, by name, from the group of its own name; empty: all.
+        group: of metrics that the command line prints; empty: the one of its own name.
+        headline: the numbers of it that are printed, by name; empty: all.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Measurement:
     measure: Callable[[Job], Outcome]
     on_gpu: bool = True
     repeatable: bool = True
+    group: str = ""
     headline: tuple[str, ...] = ()
 
 
@@ -116,12 +120,41 @@ def _appearance(job: Job) -> Outcome:
         job.runs_folder / "decoders", job.show_progress,
     )  # fmt: skip
     data = {images.name: {"images": len(images), "sha256": images.checksum} for images in (train_set, test_set)}
-    return Outcome(tables, curves, data, weights)
+    return Outcome(tables, curves, data=data, weights=weights)
 
 
 def _study_config(preset: str) -> dict[str, Any]:
     start = {name: getattr(PRESETS[preset], name) for name in ("data", "network", "start")}
     return {**start, **asdict(STUDIES[preset])}
+
+
+# ---- detection and segmentation ------------------------------------------------------------
+
+BENCHES = {"detection": detection_bench, "segmentation": segmentation_bench}
+BENCH_CODE = ("advbn_lib.task_runs", "advbn_lib.methods.afan", "advbn_lib.methods.feature_controls")
+
+
+def _bench_measurement(task: str, method: str) -> Measurement:
+    """``detection_afan`` and so on: a task's bench, trained by one of the methods."""
+    benches, modules = BENCHES[task].BENCHES, (BENCHES[task].__name__, *BENCH_CODE)
+    name = f"{task}_{method}"
+
+    def measure(job: Job) -> Outcome:
+        folder = job.runs_folder / name / f"{job.preset}-s{job.seed}"
+        ran = run_bench(
+            benches[job.preset], method, job.seed, job.device, code_hash(modules), folder, job.show_progress
+        )
+        curves = {
+            "clean_loss": [clean for clean, _ in ran.history.losses],
+            "adversarial_loss": [adversarial for _, adversarial in ran.history.losses],
+        }
+        cost = {"train_seconds": round(ran.history.seconds, 2), "test_seconds": round(ran.test_seconds, 2)}
+        return Outcome(ran.metrics, curves, cost, ran.data, ran.weights)
+
+    return Measurement(
+        name, f"{task} {ABOUT[method]}", tuple(benches), lambda preset: {"method": method, **asdict(benches[preset])},
+        modules, measure, group=task,
+    )  # fmt: skip
 
 
 # ---- all of them ---------------------------------------------------------------------------
@@ -138,6 +171,7 @@ MEASUREMENTS = {
             tuple(STUDIES), _study_config, ("advbn_lib.appearance_study", "advbn_lib.models.cifar_resnet"), _appearance,
             headline=("pixel_change", "style_change", "edge_correlation", "accuracy"),
         ),
+        *(_bench_measurement(task, method) for task in BENCHES for method in METHODS),
     )
 }  # fmt: skip
 
@@ -163,7 +197,8 @@ def run_measurement(name: str, job: Job, again: bool = False) -> records.Record:
             return old
     started = time.perf_counter()
     outcome = measurement.measure(job)
-    cost = {"wall_seconds": round(time.perf_counter() - started, 2), "peak_memory_mib": peak_memory_mib(job.device)}
+    wall = round(time.perf_counter() - started, 2)
+    cost = {**outcome.cost, "wall_seconds": wall, "peak_memory_mib": peak_memory_mib(job.device)}
     identity = {"config": config, "code": code, "data": outcome.data, "weights": outcome.weights.get("sha256")}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     record = records.Record(

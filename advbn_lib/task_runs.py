@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -56,13 +57,13 @@ class TaskRun:
     model: nn.Module
     metrics: dict[str, Any]
     history: History
-    seconds: float
+    test_seconds: float
     data: dict[str, Any]
     weights: dict[str, Any]
 
 
 def run_bench(
-    bench: Bench, method_name: str, seed: int, device: torch.device, code: str, folder: Any = None, show_progress: bool = True
+    bench: Bench, method_name: str, seed: int, device: torch.device, code: str, folder: Path | None = None, show_progress: bool = True
 ) -> TaskRun:  # fmt: skip
     """Train a bench's network by one of ``METHODS``, from its checkpoint on if there is one, and test it after the last epoch.
 

@@ -18,9 +18,11 @@ from nbformat import NotebookNode
 from torch import Tensor
 
 from advbn_lib import AdvBN, ChannelStatistics
+from advbn_lib.methods import AFAN, Site
 from advbn_lib.models import CifarResNet
 from advbn_lib.splitting import split_at
 from advbn_lib.statistics import adain
+from advbn_lib.tasks import Classification
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -29,7 +31,7 @@ INSTALL = re.compile(
     r"# On Colab this installs the book's small library, in seconds\. Elsewhere it does nothing\.\n"
     r"import importlib\.util\n\n"
     r'if importlib\.util\.find_spec\("advbn_lib"\) is None:\n'
-    r'    %pip install --quiet "advbn_lib @ git\+https://[\w./-]+"'
+    r'    %pip install --quiet "advbn_lib(\[[a-z,]+\])? @ git\+https://[\w./-]+"'
 )
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -213,3 +215,19 @@ def test_adain_by_hand_is_the_librarys():
     exec(lines, names)
     torch.testing.assert_close(names["swapped"], adain(names["x"], names["y"]), rtol=0, atol=1e-12)
     assert not torch.allclose(names["swapped"], names["x"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_afans_ascent_by_hand_is_the_librarys(seed):
+    torch.manual_seed(seed)
+    network = CifarResNet(8, width=4).double().eval()
+    images, labels = torch.randn(16, 3, 32, 32, dtype=torch.float64), torch.randint(0, 10, (16,))
+    climb = run_cell("07_afan_from_scratch.ipynb", "def climb(", torch=torch, F=F, Tensor=Tensor)["climb"]
+    task, site = Classification(network, images[:2]), Site("layer1", gamma=20.0)
+    cut = task.cut(images, labels, "layer1")
+    delta, losses = climb(task.split("layer1").tail, cut.features, labels, gamma=20.0)
+    attack = AFAN(task, [site]).attack(cut, site)
+    torch.testing.assert_close(delta, attack.delta[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.tensor(losses, dtype=torch.float64), attack.losses, rtol=0, atol=1e-9)
+    assert losses[-1] > losses[0] and delta.abs().max() <= site.reach + 1e-12
+    assert all(p.grad is None for p in network.parameters())

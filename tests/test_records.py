@@ -11,8 +11,8 @@ from conftest import ROOT
 from scipy import stats
 
 from advbn_lib import records
-from advbn_lib.measurements import MEASUREMENTS
 from advbn_lib.experiments import EXPERIMENTS
+from advbn_lib.measurements import MEASUREMENTS
 from advbn_lib.presets import PRESETS
 from advbn_lib.records import Record, RecordError
 from advbn_lib.running import prepare
