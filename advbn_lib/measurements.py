@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from advbn_lib import benchmarks, detection_bench, records, segmentation_bench
+from advbn_lib import benchmarks, detection_bench, records, segmentation_bench, step_cost
 from advbn_lib.appearance_study import StudyConfig, study
+from advbn_lib.data.loader import DeviceLoader
 from advbn_lib.data.sets import load_images
 from advbn_lib.decoder import DecoderConfig
+from advbn_lib.experiments import FROM_SCRATCH
 from advbn_lib.presets import PRESETS
 from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, versions
 from advbn_lib.running import check_seed, prepare, start_network
@@ -88,6 +90,38 @@ def _loader_speed(job: Job) -> Outcome:
 def _speed_config(preset: str) -> dict[str, Any]:
     sizes = {"batch_size": benchmarks.BATCH, "images": benchmarks.IMAGES, "rounds": benchmarks.ROUNDS}
     return {"data": SPEED_DATA[preset], **sizes}
+
+
+# ---- the cost of a step --------------------------------------------------------------------
+
+FROM_SCRATCH_NAMES = ("pretrain", *(experiment.name for experiment in FROM_SCRATCH))
+COST_CODE = (
+    "advbn_lib.step_cost", "advbn_lib.methods.feature_controls", "advbn_lib.methods.advprop", "advbn_lib.tasks.classification",
+    "advbn_lib.models.cifar_resnet",
+)  # fmt: skip
+COST_PRESETS = ("smoke", "cpu_scratch", "gpu_scratch")
+
+
+def _step_cost(job: Job) -> Outcome:
+    methods, size = {}, PRESETS[job.preset]
+    train_set = load_images(size.data, "train").first(size.pretraining_images)
+    for name in FROM_SCRATCH_NAMES:
+        start = prepare(name, job.preset, job.seed, str(job.device))
+        network, weights = start_network(start)
+        network = network.to(job.device, memory_format=torch.channels_last)
+        methods[name] = start.experiment.method.build(network, train_set).to(job.device)
+    loader = DeviceLoader(train_set, size.pretraining.batch_size, job.seed, job.device, flip=size.data != "digits")
+    images, labels = next(iter(loader.epoch(0)))
+    measured = step_cost.step_cost(methods, images, labels, plain="pretrain", rounds=step_cost.ROUNDS)
+    data = {train_set.name: {"images": len(train_set), "sha256": train_set.checksum}}
+    return Outcome({"step_cost": measured}, data=data, weights=weights)
+
+
+def _cost_config(preset: str) -> dict[str, Any]:
+    size = PRESETS[preset]
+    methods = {experiment.name: asdict(experiment.method) for experiment in FROM_SCRATCH}
+    sizes = {"batch_size": size.pretraining.batch_size, "rounds": step_cost.ROUNDS}
+    return {"data": size.data, "network": size.network, **sizes, "methods": methods}
 
 
 # ---- the adversary's looks -----------------------------------------------------------------
@@ -165,6 +199,10 @@ MEASUREMENTS = {
         Measurement(
             "loader_speed", "training images a second of our loader and of torch's, on the CPU",
             tuple(SPEED_DATA), _speed_config, ("advbn_lib.benchmarks",), _loader_speed, on_gpu=False, repeatable=False,
+        ),
+        Measurement(
+            "step_cost", "seconds of a training step of A-FAN, its controls and AdvProp, beside plain training",
+            COST_PRESETS, _cost_config, COST_CODE, _step_cost, repeatable=False,
         ),
         Measurement(
             "appearance", "decoded worst-case features beside other changes of the same size: is it style or content?",

@@ -28,6 +28,18 @@ def test_the_loader_benchmark_writes_a_record(tmp_path, monkeypatch):
     assert measured["images_per_second"] > 0 and record.config["rounds"] == 1
 
 
+def test_the_cost_of_a_step_follows_from_what_it_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(measurements.step_cost, "ROUNDS", 3)
+    monkeypatch.setattr(
+        measurements, "FROM_SCRATCH_NAMES", ("pretrain", "afan", "unchanged_features", "advprop_5_steps")
+    )
+    record = run_measurement("step_cost", Job("smoke", 0, CPU, tmp_path))
+    assert records.read(records.path_of("step_cost", "smoke", 0, tmp_path)) == record
+    ratio, seconds = (record.metrics["step_cost"][name] for name in ("ratio", "seconds"))
+    assert ratio["pretrain"] == 1 and ratio["afan"] == pytest.approx(seconds["afan"] / seconds["pretrain"])
+    assert 1 < ratio["unchanged_features"] < ratio["afan"] < ratio["advprop_5_steps"]
+
+
 def test_both_loaders_give_the_same_kind_of_batch():
     digits = load_images("digits", "train")
     own, own_labels = next(iter(DeviceLoader(digits, benchmarks.BATCH, 0).epoch(0)))
@@ -39,7 +51,10 @@ def test_both_loaders_give_the_same_kind_of_batch():
 
 @pytest.mark.parametrize(("name", "preset"), [("nonsense", "smoke"), ("loader_speed", "gpu"), ("appearance", "huge")])
 def test_unknown_measurements_are_refused(tmp_path, name, preset):
-    with pytest.raises(ValueError, match="loader_speed at presets smoke, cpu; appearance at presets smoke, cpu, gpu"):
+    with pytest.raises(
+        ValueError,
+        match="loader_speed at presets smoke, cpu; step_cost at presets .*; appearance at presets smoke, cpu, gpu",
+    ):
         run_measurement(name, Job(preset, 0, CPU, tmp_path))
     assert not list(tmp_path.iterdir())
 
