@@ -216,11 +216,20 @@ def test_coco_is_read_and_what_is_left_out_counted(tmp_path):
         ({"annotations": [{"id": 8, "image_id": 6, "category_id": 3, "bbox": [0, 0, 1, 1]}]}, "annotation 8: there is no image 6"),
         ({"annotations": [{"id": 8, "image_id": 5, "category_id": 3, "bbox": [0, 0, 1]}]}, "bbox must be four numbers"),
         ({"annotations": [{"id": 8, "image_id": 5, "category_id": 3, "bbox": [0, 0, float("nan"), 1]}]}, "four numbers"),
+        ({"annotations": [{"id": 8, "image_id": 5, "category_id": 3, "bbox": [0, 0, 10**400, 1]}]}, "four numbers"),
+        ({"annotations": [{"id": 8, "image_id": 5, "category_id": 3}]}, "annotation 8: bbox must be four numbers .* got None"),
+        ({"annotations": [{"id": 8, "image_id": [5], "category_id": 3}]}, r"annotation 8: there is no image \[5\]"),
+        ({"annotations": [{"id": 8, "image_id": 5, "category_id": {}}]}, "annotation 8: no category {}"),
+        ({"annotations": [{"id": 8, "image_id": 5, "category_id": 3, "iscrowd": []}]}, r"iscrowd must be 0 or 1, got \[\]"),
         ({"annotations": 3}, "no list of objects 'annotations'"),
         ({"images": [{"id": 5, "file_name": "../x.jpg"}]}, "there is no image 11|lies outside"),
         ({"images": [{"id": 5, "file_name": "../x.jpg"}], "annotations": []}, "lies outside"),
-        ({"images": [{"id": 5, "file_name": "lost.jpg"}], "annotations": []}, "none of the 1 images"),
+        ({"images": [{"id": 5, "file_name": "lost.jpg"}], "annotations": []}, "none of the 1 images .*lost.jpg is missing"),
+        ({"images": [{"id": 5, "file_name": r"C:\photos\x.jpg"}], "annotations": []}, "lies outside"),
+        ({"images": [{"id": [5], "file_name": "x.jpg"}], "annotations": []}, r"no whole number as its id \(\[5\]\)"),
+        ({"images": [{"id": "a1", "file_name": "x.jpg"}], "annotations": []}, r"no whole number as its id \('a1'\)"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "an id that is there already"),
+        ({"categories": [{"id": 3, "name": "a"}, {"id": 7, "name": "a"}]}, "categories 3 and others have the name 'a'"),
     ],
 )  # fmt: skip
 def test_broken_coco_is_refused(tmp_path, changes, message):
@@ -229,11 +238,47 @@ def test_broken_coco_is_refused(tmp_path, changes, message):
         load_coco_tree(path, tmp_path / "val2017")
 
 
+def test_ids_may_be_text_and_what_is_stated_twice_counts_once(tmp_path):
+    box = {"id": 1, "image_id": 5.0, "category_id": "7", "bbox": [1, 2, 3, 4], "iscrowd": "0"}
+    path = coco(
+        tmp_path,
+        images=[{"id": "5", "file_name": "x.jpg", "width": None, "height": 0}, {"id": "010", "file_name": "y.jpg", "width": "20"}],
+        categories=[{"id": "7", "name": "zebra"}, {"id": "10", "name": "apple"}],
+        annotations=[box, box, {**box, "bbox": [1, 1, 2, 2]}, {**box, "id": None}],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="1 annotations that stand there twice"):
+        found = load_coco_tree(path, tmp_path / "val2017")
+    assert found.left_out == {"annotations that stand there twice": 1} and found.classes == ("zebra", "apple")
+    assert found.boxes[0].tolist() == [[1.0, 2.0, 4.0, 6.0], [1.0, 1.0, 3.0, 3.0], [1.0, 2.0, 4.0, 6.0]]
+
+
+@pytest.mark.parametrize("used", [(7,), (3,), ()])
+def test_a_category_without_objects_may_have_the_name_of_another(tmp_path, used):
+    names = [{"id": 3, "name": "zebra"}, {"id": 5, "name": "apple"}, {"id": 7, "name": "zebra"}]
+    objects = [{"id": id, "image_id": 5, "category_id": id, "bbox": [1, 2, 3, 4]} for id in (5, *used)]
+    with pytest.warns(UserWarning, match="1 categories without objects that have the name of another"):
+        found = load_coco_tree(coco(tmp_path, categories=names, annotations=objects), tmp_path / "val2017")
+    assert found.classes == (("apple", "zebra") if used == (7,) else ("zebra", "apple"))
+    assert found.counts() == {"apple": 1, "zebra": len(used)}
+
+
+@pytest.mark.parametrize("name", ["part/x.jpg", r"part\x.jpg"])
+def test_images_may_lie_in_a_folder_of_the_folder(tmp_path, silent, name):
+    add_image(tmp_path / "val2017" / "part" / "x.jpg")
+    path = coco(tmp_path, images=[{"id": 5, "file_name": name}], annotations=[])
+    assert len(load_coco_tree(path, tmp_path / "val2017")) == 1
+
+
 def test_coco_that_is_no_json_or_missing(tmp_path):
     path = coco(tmp_path)
     path.write_text('{"images": [')
     with pytest.raises(DataError, match="is no JSON .*line 1"):
         load_coco("val2017", tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is no JSON"):
+        load_coco("val2017", tmp_path)
+    with pytest.raises(DataError, match="cannot be read .* give the JSON file itself"):
+        load_coco_tree(path.parent, tmp_path)
     with pytest.raises(DataError, match="instances_train2017.json is missing"):
         load_coco("train2017", tmp_path)
     with pytest.raises(DataError, match="unpack train2017.zip"):

@@ -41,7 +41,9 @@ def load_cityscapes(split: Literal["train", "val"], root: Path | None = None) ->
         DataError: files are missing or stand alone.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is 'train' or 'val' (the labels of 'test' are not public), got {split!r}")
+        raise ValueError(
+            f"split is 'train' or 'val' (the labels of 'test' are not public, 'train_extra' has none that are fine), got {split!r}"
+        )
     root = root or data_root()
     folder = next((place for place in (root / "cityscapes", root) if (place / "leftImg8bit" / split).is_dir()), None)
     if folder is None:
@@ -61,9 +63,15 @@ def _by_name(folder: Path, ending: str) -> dict[str, Path]:
             f"{folder} is missing: unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip in one folder"
         )
     cities = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return {
+    found = {
         f"{city.name}/{path.stem.removesuffix(ending)}": path
         for city in cities
         for path in files_in(city)
         if path.stem.endswith(ending)
     }
+    if not found:
+        raise DataError(
+            f"{folder} has no file <city>/*{ending}.png: unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip in one "
+            "folder (coloured masks, coarse masks and train ids are not read)"
+        )
+    return found

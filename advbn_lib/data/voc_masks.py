@@ -1,15 +1,16 @@
 """PASCAL VOC segmentation: 20 classes and background (Everingham et al., "The PASCAL Visual Object Classes Challenge").
 
-torchvision's layout: ``<root>/VOCdevkit/VOC2012`` with ``ImageSets/Segmentation/<split>.txt``, ``JPEGImages/<name>.jpg`` and
-``SegmentationClass/<name>.png`` (a palette image; 255 marks the borders of objects, which have no label).
+torchvision's layout: ``<root>/VOCdevkit/VOC2012`` with ``ImageSets/Segmentation/<split>.txt``, ``JPEGImages/<name>.jpg`` (or
+another type of image file) and ``SegmentationClass/<name>.png`` (a palette image; 255 marks the borders of objects, which have
+no label).
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from advbn_lib.data.images import DataError, data_root
-from advbn_lib.data.masks import IGNORE, MaskFiles
+from advbn_lib.data.masks import FILE_TYPES, IGNORE, MaskFiles
 
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -58,21 +59,38 @@ def load_voc_masks(
 def _lines(listing: Path) -> list[tuple[int, str]]:
     """The names in a list, with their line numbers."""
     text = listing.read_text(encoding="utf-8-sig", errors="replace")
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, _name(line.strip())) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     seen: dict[str, int] = {}
     for number, name in lines:
+        path = PureWindowsPath(name)  # knows both kinds of slashes
+        if path.drive or path.root or ".." in path.parts or "\0" in name:
+            raise DataError(
+                f"{listing} has {name[:80]!r} in line {number}: write one image name a line, as it is called in JPEGImages"
+            )
         if name in seen:
             raise DataError(f"{listing} names {name!r} in lines {seen[name]} and {number}: remove one of them")
         seen[name] = number
     return lines
 
 
+def _name(line: str) -> str:
+    """The name without the file type, which some tools write into the list."""
+    ending = Path(line).suffix
+    return line.removesuffix(ending) if ending.lower() in FILE_TYPES else line
+
+
 def _pair(folder: Path, listing: Path, number: int, name: str) -> tuple[Path, Path]:
-    pair = folder / "JPEGImages" / f"{name}.jpg", folder / "SegmentationClass" / f"{name}.png"
-    for path in pair:
-        if not path.is_file():
-            raise DataError(f"{path} is missing, which {listing} names in line {number}: copy {folder} anew")
-    return pair
+    where = f"which {listing} names in line {number}: copy {folder} anew"
+    image = _existing(folder / "JPEGImages", name, (".jpg", *FILE_TYPES), where)
+    return image, _existing(folder / "SegmentationClass", name, (".png",), where)
+
+
+def _existing(folder: Path, name: str, endings: tuple[str, ...], where: str) -> Path:
+    for ending in endings:
+        for path in (folder / f"{name}{ending}", folder / f"{name}{ending.upper()}"):
+            if path.is_file():
+                return path
+    raise DataError(f"{folder / name}{endings[0]} is missing, {where}")
 
 
 def _download(root: Path, split: str, year: str) -> None:
