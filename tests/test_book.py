@@ -116,7 +116,15 @@ def test_numbers_lead_to_their_records(source):
 
 def test_records_page_lists_every_run(source):
     _, page, warnings = make(source)
-    for words in ("advbn, cpu scale", "clean_finetuning, cpu scale", "a small CPU, 2 threads", "13 min", "torch 2.11.0", "0123456789", "12,300"):
+    for words in (
+        "advbn, cpu scale",
+        "clean_finetuning, cpu scale",
+        "a small CPU, 2 threads",
+        "13 min",
+        "torch 2.11.0",
+        "0123456789",
+        "12,300",
+    ):
         assert words in page
     assert warnings == ""
 
@@ -124,7 +132,10 @@ def test_records_page_lists_every_run(source):
 @pytest.mark.parametrize(
     ("role", "message"),
     [
-        (f"{{run}}`nothing cpu {METRIC}`", "no record of nothing cpu; there are records of: advbn cpu, clean_finetuning cpu"),
+        (
+            f"{{run}}`nothing cpu {METRIC}`",
+            "no record of nothing cpu; there are records of: advbn cpu, clean_finetuning cpu",
+        ),
         (f"{{run}}`advbn gpu {METRIC}`", "no record of advbn gpu"),
         ("{run}`advbn cpu accuracy/clean/snow-3`", "contrast-3"),
         ("{run}`? advbn cpu accuracy/clean/snow-3`", "contrast-3"),
@@ -141,7 +152,9 @@ def test_what_is_not_there_is_a_warning_that_names_what_is(source, role, message
 
 
 def test_a_page_may_say_not_run_yet(source):
-    page, _, warnings = make(source, f"So far: {{run}}`? advbn gpu {METRIC}` and {{run-diff}}`? advbn - nothing cpu {METRIC}`.")
+    page, _, warnings = make(
+        source, f"So far: {{run}}`? advbn gpu {METRIC}` and {{run-diff}}`? advbn - nothing cpu {METRIC}`."
+    )
     assert "So far: not run and not run." in page
     assert warnings == ""
 
@@ -182,7 +195,15 @@ def test_wording_of_one_seed_claims_no_interval():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (5.914, "5.91"), (0.01234, "0.0123"), (9.999, "10.0"), (1234.5, "1,230"), (-42.21, f"{wording.MINUS}42.2")]
+    ("value", "text"),
+    [
+        (0, "0"),
+        (5.914, "5.91"),
+        (0.01234, "0.0123"),
+        (9.999, "10.0"),
+        (1234.5, "1,230"),
+        (-42.21, f"{wording.MINUS}42.2"),
+    ],
 )
 def test_other_metrics_have_three_digits(value, text):
     assert wording.number(value, "ratio") == text
@@ -198,10 +219,14 @@ def test_a_number_that_is_none_is_refused():
 
 def pages() -> dict[str, str]:
     """Source of every page: prose, and the markdown cells of the notebooks."""
-    found = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in (ROOT / "book").glob("*.md")}
+    found = {
+        file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in (ROOT / "book").glob("*.md")
+    }
     for file in (ROOT / "notebooks").glob("*.ipynb"):
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-        found[file.relative_to(ROOT).as_posix()] = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        found[file.relative_to(ROOT).as_posix()] = "\n\n".join(
+            "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"
+        )
     return found
 
 
@@ -240,18 +265,29 @@ def test_settings_and_code_are_left_alone(text):
 def test_allowed_phrases_are_needed_and_exact():
     everything = "\n\n".join(pages().values())
     for phrase in ALLOWED:
-        assert len(typed_numbers(everything, ALLOWED.keys() - {phrase})) > len(typed_numbers(everything, ALLOWED)), f"nothing needs {phrase!r}"
+        assert len(typed_numbers(everything, ALLOWED.keys() - {phrase})) > len(typed_numbers(everything, ALLOWED)), (
+            f"nothing needs {phrase!r}"
+        )
     assert typed_numbers("95.5 % and 95 % and 195 %", ALLOWED) == ["95.5 %", "195 %"]
 
 
 def test_every_number_on_the_real_pages_equals_its_records(tmp_path):
     """Each role of every page, rendered; then computed again from the JSON files alone."""
-    roles = sorted({match.groups() for text in pages().values() for match in ROLE.finditer(text) if not match[2].startswith("EXPERIMENT")})
+    roles = sorted(
+        {
+            match.groups()
+            for text in pages().values()
+            for match in ROLE.finditer(text)
+            if not match[2].startswith("EXPERIMENT")
+        }
+    )
     roles = [role for role in roles if not role[1].startswith("? EXPERIMENT")]
     if (ROOT / "records").is_dir():
         shutil.copytree(ROOT / "records", tmp_path / "records")
     tmp_path.joinpath("conf.py").write_text("extensions = ['myst_parser', 'advbn_book']\n")
-    tmp_path.joinpath("index.md").write_text("# Page\n\n" + "".join(f"- {{{name}}}`{text}`\n" for name, text in roles) + "\n```{records-index}\n```\n")
+    tmp_path.joinpath("index.md").write_text(
+        "# Page\n\n" + "".join(f"- {{{name}}}`{text}`\n" for name, text in roles) + "\n```{records-index}\n```\n"
+    )
     app = SphinxTestApp(srcdir=tmp_path)
     app.build()
     items = [item.astext() for item in app.env.get_doctree("index").findall(nodes.list_item)]
@@ -272,7 +308,9 @@ def recomputed(name: str, text: str, folder: Path) -> str:
         values = [value for _, value in read_values(folder, words[0], words[1], words[2])]
         return shown_number(statistics.mean(values), words[2], signed=False)
     first, second = (dict(read_values(folder, words[i], words[2], words[-1 if i else 3])) for i in (0, 1))
-    return shown_number(statistics.mean(first[seed] - second[seed] for seed in first.keys() & second.keys()), words[3], signed=True)
+    return shown_number(
+        statistics.mean(first[seed] - second[seed] for seed in first.keys() & second.keys()), words[3], signed=True
+    )
 
 
 def read_values(folder: Path, experiment: str, preset: str, metric: str):
@@ -306,11 +344,23 @@ def test_preset_follows_the_data(tmp_path):
 
 
 def notebook(*cells: str) -> str:
-    body = {"cells": [], "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}}, "nbformat": 4, "nbformat_minor": 5}
+    body = {
+        "cells": [],
+        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
     for number, cell in enumerate(cells):
         tags = ["parameters"] if cell.startswith("preset") else []
         body["cells"].append(
-            {"cell_type": "code", "id": f"cell{number}", "metadata": {"tags": tags}, "source": cell, "outputs": [], "execution_count": None}
+            {
+                "cell_type": "code",
+                "id": f"cell{number}",
+                "metadata": {"tags": tags},
+                "source": cell,
+                "outputs": [],
+                "execution_count": None,
+            }
         )
     return json.dumps(body)
 
@@ -325,7 +375,9 @@ def layout(tmp_path, monkeypatch):
     tmp_path.joinpath("book/intro.md").write_text("# Intro\n")
     tmp_path.joinpath("advbn_lib/code.py").write_text("one = 1\n")
     tmp_path.joinpath("records/advbn/cpu-s0.json").write_text("{}")
-    tmp_path.joinpath("notebooks/01_first.ipynb").write_text(notebook("preset = None", "import os\nprint(preset, os.getpid())"))
+    tmp_path.joinpath("notebooks/01_first.ipynb").write_text(
+        notebook("preset = None", "import os\nprint(preset, os.getpid())")
+    )
     monkeypatch.setenv("JUPYTER_PATH", "")
     return build.Layout(tmp_path)
 
@@ -355,8 +407,12 @@ def test_executed_notebooks_hold_no_trace_of_the_machine(layout):
 def test_failing_cell_is_named_and_leaves_the_old_result(layout):
     (executed,) = build.run_notebooks(layout, "smoke")
     before = executed.read_bytes()
-    layout.root.joinpath("notebooks/01_first.ipynb").write_text(notebook("preset = None", "one = 1", "raise ValueError('no such image')"))
-    with pytest.raises(build.BuildError, match=r"notebooks/01_first\.ipynb: cell 3 of 3 failed with ValueError: no such image") as caught:
+    layout.root.joinpath("notebooks/01_first.ipynb").write_text(
+        notebook("preset = None", "one = 1", "raise ValueError('no such image')")
+    )
+    with pytest.raises(
+        build.BuildError, match=r"notebooks/01_first\.ipynb: cell 3 of 3 failed with ValueError: no such image"
+    ) as caught:
         build.run_notebooks(layout, "smoke")
     assert "raise ValueError" in str(caught.value)
     assert executed.read_bytes() == before

@@ -102,7 +102,9 @@ def open_page(browser, address: str, width: int) -> list[str]:
     page.on("console", lambda message: faults.append(f"console: {message.text}") if message.type == "error" else None)
     page.on("pageerror", lambda error: faults.append(f"script error: {error}"))
     page.on("requestfailed", lambda request: faults.append(f"request failed: {request.url}"))
-    page.on("response", lambda answer: faults.append(f"{answer.status}: {answer.url}") if answer.status >= 400 else None)
+    page.on(
+        "response", lambda answer: faults.append(f"{answer.status}: {answer.url}") if answer.status >= 400 else None
+    )
 
     def stay_at_home(route):
         if urlsplit(route.request.url).netloc == host:
@@ -184,5 +186,7 @@ def test_no_broken_links(site):
 
 
 def test_broken_links_are_noticed(tmp_path):
-    tmp_path.joinpath("a.html").write_text("<p id='here'></p><a href='b.html'></a><a href='#gone'></a><a href='a.html#here'></a>")
+    tmp_path.joinpath("a.html").write_text(
+        "<p id='here'></p><a href='b.html'></a><a href='#gone'></a><a href='a.html#here'></a>"
+    )
     assert sorted(broken_links(tmp_path)) == ["a.html: #gone has no such anchor", "a.html: b.html is not there"]

@@ -300,7 +300,9 @@ def test_the_parts_share_the_images_out(parts):
     assert sum(len(part) for part in chosen) == 20
     assert max(len(part) for part in chosen) - min(len(part) for part in chosen) <= 1
     for index, part in enumerate(chosen):
-        assert torch.equal(part.images, images.images[index::parts]) and torch.equal(part.labels, images.labels[index::parts])
+        assert torch.equal(part.images, images.images[index::parts]) and torch.equal(
+            part.labels, images.labels[index::parts]
+        )
 
 
 @pytest.mark.parametrize(("index", "parts"), [(3, 3), (-1, 3), (0, 0), (0, 21)])

@@ -30,7 +30,11 @@ NAMES = (
 )  # fmt: skip
 ESTIMATES = {"clean": Estimate(0.9, 0.88, 0.92, 3), "contrast-3": Estimate(0.5, 0.4, 0.6, 3)}
 # One that excludes zero, one that does not, one of a single seed.
-SURE, UNSURE, SINGLE = Estimate(0.031, 0.02, 0.042, 3), Estimate(-0.01, -0.03, 0.01, 3), Estimate(0.05, math.nan, math.nan, 1)
+SURE, UNSURE, SINGLE = (
+    Estimate(0.031, 0.02, 0.042, 3),
+    Estimate(-0.01, -0.03, 0.01, 3),
+    Estimate(0.05, math.nan, math.nan, 1),
+)
 MAP = {"snow": {"a - b": SURE, "a - c": UNSURE}, "painting_boat": {"a - b": SINGLE}}
 GROUPS = {"weather": ("snow", "frost"), "blur": ("zoom_blur",), "paintings": ("painting_boat",)}
 LINES = {"one": [1.0, 2.0, 3.0], "two": [3.0, 2.0, 1.0]}
@@ -127,7 +131,9 @@ def test_pyplot_is_not_loaded_for_a_figure():
 # ---- what is drawn -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["curves", "bars", "against", "sorted_factors", "instance_and_batch", "strips", "dose"])
+@pytest.mark.parametrize(
+    "name", ["curves", "bars", "against", "sorted_factors", "instance_and_batch", "strips", "dose"]
+)
 def test_charts_are_labelled(name):
     ax = make(name).axes[0]
     assert ax.get_title(loc="left") == "t"
@@ -242,7 +248,9 @@ def test_differences_say_how_many_seeds_and_where_zero_is():
 
 def test_the_gallery_puts_each_severity_in_its_column():
     image = torch.rand(3, 8, 8)
-    figure = figures.shift_gallery(image, [Shift("clean"), Shift("brightness", 3), Shift("contrast", 1), Shift("contrast", 3)])
+    figure = figures.shift_gallery(
+        image, [Shift("clean"), Shift("brightness", 3), Shift("contrast", 1), Shift("contrast", 3)]
+    )
     shown = np.array([axis.images[0].get_array() for axis in figure.axes]).reshape(2, 3, 8, 8, 3)
     assert np.allclose(shown[:, 0], image.permute(1, 2, 0))
     assert np.allclose(shown[0, 1], 1), "brightness has no severity 1 here: the place stays white"
@@ -347,7 +355,9 @@ def test_a_difference_map_marks_what_excludes_zero():
 
 
 def test_a_difference_map_is_centred_on_zero():
-    rows = {name: {"a": Estimate(mean, math.nan, math.nan, 1)} for name, mean in {"x": 0.0, "y": 0.02, "z": -0.04}.items()}
+    rows = {
+        name: {"a": Estimate(mean, math.nan, math.nan, 1)} for name, mean in {"x": 0.0, "y": 0.02, "z": -0.04}.items()
+    }
     figure = figures.difference_map(rows)
     nothing, gain, loss = (to_rgb(cell.get_facecolor()[0]) for cell in figure.axes[0].collections)
     assert min(nothing) > 0.95, "no difference is white"
@@ -358,7 +368,10 @@ def test_a_difference_map_is_centred_on_zero():
 @pytest.mark.parametrize("name", ["difference_map", "accuracy_map"])
 def test_text_stands_out_from_its_cell(name):
     values = [i / 20 for i in range(21)]
-    rows = {f"row {i}": {"a": Estimate(2 * v - 1 if "diff" in name else v, math.nan, math.nan, 1)} for i, v in enumerate(values)}
+    rows = {
+        f"row {i}": {"a": Estimate(2 * v - 1 if "diff" in name else v, math.nan, math.nan, 1)}
+        for i, v in enumerate(values)
+    }
     ax = getattr(figures, name)(rows).axes[0]
 
     def brightness(colour) -> float:

@@ -41,7 +41,9 @@ def makers() -> dict[str, Callable[[], Figure]]:
     return {
         "feature_changes": lambda: figures_afan.feature_changes(features, changed, [1, 3], "t"),
         "gain_against_time": lambda: figures_afan.gain_against_time(POINTS, xlabel="x", ylabel="y", title="t"),
-        "boxes_on_images": lambda: figures_afan.boxes_on_images([image] * 2, {"truth": TRUTH, "found": FOUND}, title="t"),
+        "boxes_on_images": lambda: figures_afan.boxes_on_images(
+            [image] * 2, {"truth": TRUTH, "found": FOUND}, title="t"
+        ),
         "masks_on_images": lambda: figures_afan.masks_on_images([image[:, :, :20]], {"truth": [mask()]}, CLASSES, "t"),
     }
 
@@ -86,11 +88,18 @@ def test_gain_against_time_draws_points_and_intervals_and_numbers_them():
     figure = makers()["gain_against_time"]()
     ax = figure.axes[0]
     lines = [line for line in ax.lines if line.get_label()[:1].isdigit()]
-    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in lines] == [(5.5, pytest.approx(1.2)), (2.0, pytest.approx(-0.5))]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in lines] == [
+        (5.5, pytest.approx(1.2)),
+        (2.0, pytest.approx(-0.5)),
+    ]
     assert [line.get_label() for line in lines] == ["1  A-FAN", "2  noise"]
     assert [text.get_text() for text in ax.texts] == ["1", "2"]
     assert len({(line.get_marker(), to_rgb(line.get_color())) for line in lines}) == 2
-    bars = [list(line.get_ydata()) for line in ax.lines if len(line.get_xdata()) == 2 and list(line.get_xdata()) == [5.5, 5.5]]
+    bars = [
+        list(line.get_ydata())
+        for line in ax.lines
+        if len(line.get_xdata()) == 2 and list(line.get_xdata()) == [5.5, 5.5]
+    ]
     assert bars == [pytest.approx([0.4, 2.0])]
     assert ax.get_xlim()[0] < 2 and ax.get_xlim()[1] > 5.5
 
@@ -128,7 +137,11 @@ def test_masks_have_a_colour_and_a_number_a_class():
     ax = figure.axes[1]
     picture = ax.images[0].get_array()
     palette = figures_afan.class_colours(3)
-    assert np.allclose(picture[:8], palette[0]) and np.allclose(picture[8:10], figures_afan.VOID) and np.allclose(picture[10:], palette[1])
+    assert (
+        np.allclose(picture[:8], palette[0])
+        and np.allclose(picture[8:10], figures_afan.VOID)
+        and np.allclose(picture[10:], palette[1])
+    )
     placed = {text.get_text(): (text.get_position()[1], text.get_position()[0]) for text in ax.texts}
     assert placed.keys() == {"0", "1"}, "the tree is nowhere"
     assert placed["0"][0] < 8 and placed["1"][0] >= 10

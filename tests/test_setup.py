@@ -37,11 +37,19 @@ def pins() -> list[str]:
 def text_files() -> list[Path]:
     """Every file of the project that a person could have typed something into."""
     skip = {".venv", "_build", "build", "dist", "runs", "data", "records", "__pycache__", ".git"}
-    folders = [folder for folder in ROOT.iterdir() if folder.is_dir() and folder.name not in skip and not folder.name.startswith(".")]
+    folders = [
+        folder
+        for folder in ROOT.iterdir()
+        if folder.is_dir() and folder.name not in skip and not folder.name.startswith(".")
+    ]
     folders += [ROOT / ".ci", ROOT / ".github"]
     files = [file for file in ROOT.iterdir() if file.is_file()]
     files += [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    return [file for file in files if file.suffix not in {".pyc", ".png", ".npz"} and not file.parent.name.endswith(".egg-info")]
+    return [
+        file
+        for file in files
+        if file.suffix not in {".pyc", ".png", ".npz"} and not file.parent.name.endswith(".egg-info")
+    ]
 
 
 def test_constraints_are_exact_and_hold_no_address():
@@ -79,7 +87,9 @@ def test_library_has_lower_bounds_only_and_leaves_colab_alone():
 
 
 def test_jupyter_book_stays_below_version_2():
-    (requirement,) = [Requirement(line) for line in project()["optional-dependencies"]["book"] if line.startswith("jupyter-book")]
+    (requirement,) = [
+        Requirement(line) for line in project()["optional-dependencies"]["book"] if line.startswith("jupyter-book")
+    ]
     assert requirement.specifier.contains("1.0.4.post1") and not requirement.specifier.contains("2.0")
 
 
@@ -91,7 +101,19 @@ def test_wheel_carries_the_records_and_nothing_else(tmp_path):
     tree.joinpath("records/advbn").mkdir(parents=True)
     tree.joinpath("records/advbn/cpu-s0.json").write_text("{}")
     tree.joinpath("records/advbn/notes.txt").write_text("not a record")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), str(tree)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(tmp_path),
+        str(tree),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
@@ -134,7 +156,9 @@ def test_workflows_use_the_two_commands(name):
 def test_address_stands_in_one_place():
     """In _config.yml and, because Colab sees nothing else, in the notebooks' first code cell."""
     address = stamp.current_address(ROOT)
-    holders = {file.relative_to(ROOT).as_posix() for file in text_files() if address in file.read_text(encoding="utf-8")}
+    holders = {
+        file.relative_to(ROOT).as_posix() for file in text_files() if address in file.read_text(encoding="utf-8")
+    }
     notebooks = {file.relative_to(ROOT).as_posix() for file in (ROOT / "notebooks").glob("*.ipynb")}
     assert notebooks and holders == {"_config.yml"} | notebooks
 
@@ -142,7 +166,11 @@ def test_address_stands_in_one_place():
 def test_notebooks_install_from_the_address_once():
     address = stamp.current_address(ROOT)
     for file in (ROOT / "notebooks").glob("*.ipynb"):
-        code = ["".join(cell["source"]) for cell in json.loads(file.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+        code = [
+            "".join(cell["source"])
+            for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]
+            if cell["cell_type"] == "code"
+        ]
         assert re.findall(r"git\+(https://[^\s\"'@]+)", code[0]) == [address], file.name
         assert not any("github.com" in cell for cell in code[1:]), file.name
 
@@ -168,7 +196,9 @@ def test_stamp_changes_the_address_everywhere_and_back(checkout):
     assert before == {file: file.read_bytes() for file in before}
 
 
-@pytest.mark.parametrize("address", ["someone/a-fork", "http://github.com/a/b", "https://github.com/a", "https://github.com/a/b/c"])
+@pytest.mark.parametrize(
+    "address", ["someone/a-fork", "http://github.com/a/b", "https://github.com/a", "https://github.com/a/b/c"]
+)
 def test_stamp_refuses_what_is_no_address(checkout, address):
     before = (checkout / "_config.yml").read_bytes()
     with pytest.raises(stamp.StampError, match="OWNER/REPO"):

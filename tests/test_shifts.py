@@ -216,7 +216,13 @@ def test_every_corruption_and_style_is_in_the_families_and_the_groups_share_the_
 
 
 def test_parts_share_the_images_out_by_severity_and_in_turn():
-    shifts = [Shift("clean"), *(Shift("contrast", s) for s in range(1, 6)), Shift("grey"), Shift("inverted"), Shift("hue", 2)]
+    shifts = [
+        Shift("clean"),
+        *(Shift("contrast", s) for s in range(1, 6)),
+        Shift("grey"),
+        Shift("inverted"),
+        Shift("hue", 2),
+    ]
     method, test = PlainTraining(tiny_network()), tiny_images(50)
     table = accuracies(method, test, shifts, show_progress=False, parts=5)["clean"]
     parts = {**{f"contrast-{s}": s - 1 for s in range(1, 6)}, "grey": 0, "inverted": 1, "hue-2": 1}

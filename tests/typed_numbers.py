@@ -41,5 +41,7 @@ def typed_numbers(markdown: str, allowed: Iterable[str] = ()) -> list[str]:
 def keep_prose(block: str) -> str:
     """Empty for code; for a fenced directive ({note}, {admonition}, ...) the prose inside it."""
     first, _, rest = block.partition("\n")
-    is_prose = re.match(r"[`~]{3,}\{(?:admonition|note|tip|warning|important|caution|margin|dropdown|list-table)\}", first)
+    is_prose = re.match(
+        r"[`~]{3,}\{(?:admonition|note|tip|warning|important|caution|margin|dropdown|list-table)\}", first
+    )
     return rest if is_prose else " "
