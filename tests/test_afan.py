@@ -1,5 +1,6 @@
 """A-FAN: against the official code's results, and by what its parts must do."""
 
+import copy
 import os
 import warnings
 from collections import OrderedDict
@@ -13,11 +14,19 @@ from conftest import assert_same_traces, batch, tiny_images, tiny_network, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.models import efficientnet_b0, googlenet, resnet18, swin_t
 
 from advbn_lib import SplitError
 from advbn_lib.data.loader import DeviceLoader
 from advbn_lib.feature_ball import FeatureBall
-from advbn_lib.methods.afan import AFAN, UNIT, FeatureAugmentation, Site, interpolate, reinject
+from advbn_lib.methods.afan import (
+    AFAN,
+    UNIT,
+    FeatureAugmentation,
+    Site,
+    interpolate,
+    reinject,
+)
 from advbn_lib.models.cifar_resnet import resnet18_for_cifar
 from advbn_lib.models.efficientnet import efficientnet_b0_for_cifar
 from advbn_lib.statistics import BATCH, POSITION, mean, std
@@ -96,6 +105,72 @@ def test_matches_the_official_code(path):
         trained_on = torch.stack(list(digits.path(features, adversarial)))
         np.testing.assert_allclose(trained_on.numpy(), vectors[name][1:], rtol=0, atol=1e-9)
     assert torch.equal(features, given)
+
+
+def staged_network() -> nn.Sequential:
+    """Three stages and a head in a row, in double precision, so that a slice of it is a rest of the network."""
+    widths = (3, 5, 6, 7)
+    stages = [
+        nn.Sequential(nn.Conv2d(below, here, 3, padding=1, bias=False), nn.BatchNorm2d(here), nn.ReLU())
+        for below, here in zip(widths, widths[1:])
+    ]
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 4))
+    network = nn.Sequential(OrderedDict(one=stages[0], two=stages[1], three=stages[2], head=head)).double()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1), nn.init.uniform_(module.running_var, 0.3, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return network
+
+
+def straight_line(network: nn.Sequential, images, labels, sites: list[Site], clean_weight: float) -> torch.Tensor:
+    """The released training loss written out, with nothing of the library in it."""
+    total, names = 0.0, [name for name, _ in network.named_children()]
+    for site in sites:
+        cut = names.index(site.layer) + 1
+        clean = network[:cut](images).detach()
+        worst = clean.clone()
+        for _ in range(site.steps):
+            worst.requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(network[cut:](worst), labels), worst)
+            worst = worst.detach() + site.gamma / 255 * gradient.sign()
+        for k in range(1, site.points):
+            point = clean + k / (site.points - 1) * (worst - clean)
+            if site.mix[k - 1 : k] == "1":
+                deviation, wanted = ((x.var(1, keepdim=True) + 1e-5).sqrt() for x in (clean, point))
+                point = wanted * (clean - clean.mean(1, keepdim=True)) / deviation + point.mean(1, keepdim=True)
+            total = total + site.weight * F.cross_entropy(network[cut:](point), labels)
+    return total + clean_weight * F.cross_entropy(network(images), labels)
+
+
+def a_site(layer: str):
+    """Any site without a ball, which the released settings do not have."""
+    mixes = st.integers(2, 5).flatmap(lambda n: st.tuples(st.just(n), st.text("01", min_size=n - 1, max_size=n - 1)))
+    return st.builds(
+        lambda gamma, steps, way, weight: Site(layer, gamma, steps, *way, weight=weight),
+        st.sampled_from([0.1, 0.5, 1.5, 20.0]), st.integers(1, 7), mixes, st.sampled_from([0.1, 0.25, 0.5]),
+    )  # fmt: skip
+
+
+layers = st.lists(st.sampled_from(["one", "two", "three"]), min_size=1, max_size=3)
+
+
+@given(layers.flatmap(lambda names: st.tuples(*map(a_site, names))), st.booleans(), st.integers(0, 2**31))
+@few
+def test_loss_gradients_and_buffers_are_those_of_the_method_written_out(sites, training, seed):
+    torch.manual_seed(seed)
+    network = staged_network().train(training)
+    images, labels = torch.randn(6, 3, 8, 6, dtype=torch.float64), torch.randint(0, 4, (6,))
+    written_out = copy.deepcopy(network)
+    ours = AFAN(Classification(network, images), sites, clean_weight=0.6)(images, labels).total
+    expected = straight_line(written_out, images, labels, sites, 0.6)
+    exact = {"rtol": 0, "atol": 1e-9}
+    torch.testing.assert_close(ours, expected, **exact)
+    ours.backward(), expected.backward()
+    for (name, mine), theirs in zip(network.named_parameters(), written_out.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, **exact, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, mine), theirs in zip(network.named_buffers(), written_out.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, **exact, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_the_defaults_are_those_released_for_cifar10():
@@ -483,6 +558,39 @@ def test_it_runs_on_other_networks(build, layer):
     losses.total.backward()
     assert losses.total.isfinite() and all(p.grad is not None for p in model.parameters())
     assert model.eval()(images).shape == (4, 7)
+
+
+@pytest.mark.parametrize(("build", "layer"), [(resnet18, "layer2"), (efficientnet_b0, "features.3")])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_cut_of_a_torchvision_network_has_the_loss_of_the_whole_and_leaves_it_as_it_was(build, layer, training):
+    model = build(num_classes=7)
+    task, (images, labels) = Classification(model, torch.zeros(2, 3, 32, 32)), batch(3, 32, 7)
+    if training:  # live BatchNorms update themselves in train mode: that is the mode's doing, not the cut's
+        for module in model.train().modules():
+            module.momentum = 0.0
+    else:
+        model.eval()
+    task.check(layer)
+    before = traces(model)
+    torch.manual_seed(1)
+    cut = task.cut(images, labels, layer)
+    halves = cut.loss(cut.features)
+    torch.manual_seed(1)  # EfficientNet leaves out branches at random
+    whole = task.loss(images, labels)
+    torch.testing.assert_close(halves.mean(), whole)
+    AFAN(task, [Site(layer)], attack_mode="eval").attack(cut, Site(layer))
+    after = traces(model) | {"random": before["random"]}
+    for state in (before["state"], after["state"]):
+        for name in [name for name in state if name.endswith("num_batches_tracked")]:
+            del state[name]
+    assert_same_traces(before, after)
+
+
+def test_a_network_that_cannot_be_cut_there_is_refused():
+    with pytest.raises(SplitError, match=r"N,H,W,C, not N,C,H,W"):
+        AFAN(Classification(swin_t(num_classes=3)), [Site("features.1")])
+    with pytest.raises(SplitError, match="aux_logits=False"):
+        AFAN(Classification(googlenet(num_classes=3, init_weights=False)), [Site("inception3a")])
 
 
 def test_efficientnet_for_small_images_keeps_its_resolution_at_the_stem():

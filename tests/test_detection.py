@@ -8,7 +8,12 @@ import pytest
 import torch
 from conftest import assert_same_traces, data_folder, traces
 from torch import nn
-from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
+from torchvision.models.detection import (
+    FasterRCNN,
+    fasterrcnn_mobilenet_v3_large_fpn,
+    fasterrcnn_resnet50_fpn,
+    retinanet_resnet50_fpn,
+)
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d
@@ -17,7 +22,7 @@ from advbn_lib.data.boxes import BoxSet
 from advbn_lib.data.drawn_shapes import drawn_shapes
 from advbn_lib.detection_bench import BENCHES, released_sites
 from advbn_lib.detection_metrics import average_precision, detect
-from advbn_lib.methods.afan import AFAN
+from advbn_lib.methods.afan import AFAN, Site
 from advbn_lib.methods.feature_controls import FeatureNoise, UnchangedFeatures
 from advbn_lib.models.faster_rcnn import DetectorSizes, faster_rcnn
 from advbn_lib.tasks.detection import Detection
@@ -148,6 +153,8 @@ def test_layers_that_can_be_named():
         task.cut(images, targets, "fpn")
     with pytest.raises(TypeError, match="Detection needs a torchvision FasterRCNN, got Linear"):
         Detection(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="Detection needs a torchvision FasterRCNN, got RetinaNet"):
+        Detection(retinanet_resnet50_fpn(weights=None, weights_backbone=None))
 
 
 def test_a_backbone_that_is_no_chain_can_be_cut_at_the_regions():
@@ -237,6 +244,61 @@ def test_torchvisions_own_detector_can_be_cut():
         "layer4",
         "roi",
     )
+
+
+def torchvisions_mobile_detector() -> FasterRCNN:
+    """With live BatchNorms, and several layers below the first one that the pyramid takes."""
+    return fasterrcnn_mobilenet_v3_large_fpn(
+        weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=96,
+    )  # fmt: skip
+
+
+def of_sizes(*sizes: tuple[int, int]) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    box = torch.tensor([[4.0, 6.0, 28.0, 30.0]])
+    return [torch.rand(3, *size) for size in sizes], [{"boxes": box, "labels": torch.tensor([1])} for _ in sizes]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_torchvisions_mobile_detector_has_the_same_loss_in_two_halves(training):
+    model, (images, targets) = torchvisions_mobile_detector().train(training), of_sizes((64, 80), (72, 48))
+    task = Detection(model)
+    assert task.layers() == (*map(str, range(17)), "roi")
+    modes = traces(model)["modes"]
+    for layer in ("4", "13", "16"):
+        torch.manual_seed(1)
+        whole = task.loss(images, targets)
+        torch.manual_seed(1)
+        cut = task.cut(images, targets, layer)
+        torch.testing.assert_close(cut.loss(cut.features)[0], whole, rtol=1e-5, atol=1e-6)
+    assert traces(model)["modes"] == modes
+
+
+def test_the_ascent_raises_the_loss_from_the_backbone_on():
+    model, (images, targets) = torchvisions_mobile_detector().eval(), of_sizes((64, 64))
+    task, site = Detection(model), Site("16", gamma=25.0, steps=2)
+    cut = task.cut(images, targets, "16")
+    before = traces(model)
+    changed = AFAN(task, [site]).change(cut, site)
+    assert_same_traces(before, traces(model) | {"random": before["random"]})  # the regions are drawn
+    means = []
+    for features in (cut.features, changed):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            means.append(torch.stack([cut.loss(features) for _ in range(3)]).mean())
+    assert means[1] > means[0] + 0.05
+
+
+def test_afan_takes_one_image_images_of_many_sizes_and_images_without_objects():
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    sites = [Site("layer2", 1.0, 1, 3, "01", weight=0.2), Site("roi", 0.1, 1, weight=0.1)]
+    for sizes in (((64, 64),), ((64, 64), (40, 96), (96, 33))):
+        images, targets = of_sizes(*sizes)
+        for each in (targets, [*targets[:-1], nothing]):
+            model = pyramid_detector().train()
+            losses = AFAN(Detection(model), sites, 0.5)(images, each)
+            losses.total.backward()
+            assert losses.total.isfinite()
+            assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_afan_perturbs_both_sites_and_trains():

@@ -12,6 +12,7 @@ from conftest import assert_same_traces, copy_of_state, differing, traces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
 from advbn_lib.ascent import Steps, ascend
 from advbn_lib.data.masks import IGNORE, MaskSet
@@ -91,6 +92,27 @@ class TestCuts:
         torch.testing.assert_close(cut.loss(cut.features).mean(), task.loss(images, masks))
         strides = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 16, "aspp": 16, "concat": 4}
         assert cut.features.shape[-2:] == (32 // strides[layer], 48 // strides[layer])
+
+    @pytest.mark.parametrize("layer", ["layer2", "layer4", "aspp", "concat"])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_an_encoder_of_another_stride_is_cut_too(self, layer, training):
+        model = smp.DeepLabV3Plus(
+            "resnet18", encoder_weights=None, encoder_output_stride=8, decoder_channels=16, classes=CLASSES
+        )
+        task, (images, masks) = Segmentation(model.train(training)), some_batch(2, (32, 48))
+        torch.manual_seed(1)
+        whole = task.loss(images, masks)
+        torch.manual_seed(1)  # the ASPP has a dropout
+        cut = task.cut(images, masks, layer)
+        torch.testing.assert_close(cut.loss(cut.features).mean(), whole)
+
+    def test_a_batch_of_one_and_a_batch_without_labels_are_trained_on(self):
+        task, (images, masks) = Segmentation(small().eval()), some_batch()
+        for inputs, targets in ((images[:1], masks[:1]), (images, torch.full_like(masks, IGNORE))):
+            losses = AFAN(task, released_sites(), clean_weight=0.7)(inputs, targets)
+            losses.total.backward()
+            assert losses.total.isfinite() and all(p.grad.isfinite().all() for p in task.model.parameters())
+        assert losses.total == 0
 
     def test_an_encoder_of_fewer_stages_is_cut_at_these(self):
         model = smp.DeepLabV3Plus("resnet18", 4, None, decoder_channels=16, classes=CLASSES, upsampling=4).eval()
@@ -180,6 +202,8 @@ class TestCuts:
             Segmentation(nn.Sequential(nn.Conv2d(3, 2, 1)))
         with pytest.raises(ValueError, match="has no decoder.block1, decoder.block2, decoder.up|has no decoder"):
             Segmentation(smp.DeepLabV3("resnet18", encoder_weights=None, decoder_channels=8))
+        with pytest.raises(ValueError, match="DeepLabV3 has no encoder, .*segmentation-models-pytorch's DeepLabV3Plus"):
+            Segmentation(deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4))
         with pytest.raises(ValueError, match="has no encoder.conv1"):
             Segmentation(smp.DeepLabV3Plus("mobilenet_v2", encoder_weights=None, decoder_channels=8))
         with pytest.raises(ValueError, match="aux_params"):

@@ -46,13 +46,13 @@ class Detection:
         self.model = model
 
     def loss(self, inputs: Images, targets: Targets) -> Tensor:
-        _check_targets(inputs, targets)
+        _check_targets(inputs, targets, self._classes())
         with _giving_losses(self.model):
             return torch.stack(list(self.model(inputs, targets).values())).sum()
 
     def cut(self, inputs: Images, targets: Targets, layer: str) -> Cut:
         self.check(layer)
-        _check_targets(inputs, targets)
+        _check_targets(inputs, targets, self._classes())
         with torch.no_grad():
             images, targets = self.model.transform(inputs, targets)
             if layer == ROI:
@@ -78,6 +78,10 @@ class Detection:
         A backbone of a kind that is not a chain of layers can be cut nowhere.
         """
         return (*(name for name, _ in _chain(self.model.backbone)), ROI)
+
+    def _classes(self) -> int | None:
+        """How many classes the model answers with, the background among them; None if its predictor does not say."""
+        return getattr(getattr(self.model.roi_heads.box_predictor, "cls_score", None), "out_features", None)
 
     def _up_to(self, x: Tensor, layer: str) -> tuple[Tensor, Maps]:
         """Output of a layer of the backbone, and the maps that the backbone has given out by then."""
@@ -154,7 +158,7 @@ def _giving_losses(model: FasterRCNN) -> Iterator[None]:
             module.training = training
 
 
-def _check_targets(inputs: Images, targets: Targets) -> None:
+def _check_targets(inputs: Images, targets: Targets, classes: int | None) -> None:
     """Refuse targets that torchvision would stop at, or train on to no use.
 
     Raises:
@@ -162,6 +166,8 @@ def _check_targets(inputs: Images, targets: Targets) -> None:
     """
     if len(inputs) != len(targets):
         raise ValueError(f"{len(inputs)} images but {len(targets)} targets: give one target for each image")
+    if not targets:
+        raise ValueError("the batch has no image")
     for index, target in enumerate(targets):
         if "boxes" not in target or "labels" not in target:
             raise ValueError(f"image {index} of the batch: its target needs 'boxes' and 'labels', got {sorted(target)}")
@@ -174,12 +180,18 @@ def _check_targets(inputs: Images, targets: Targets) -> None:
             raise ValueError(
                 f"image {index} of the batch: {len(boxes)} boxes need as many int64 labels, got {labels.dtype} {tuple(labels.shape)}"
             )
-    everything = torch.cat([target["boxes"] for target in targets])
-    good = (everything[:, 2:] > everything[:, :2]).all(dim=1) & torch.isfinite(everything).all(dim=1)
-    if not bool(good.all()):  # one look for the whole batch: each makes the host wait for the device
-        row = int((~good).nonzero()[0])
+    boxes, labels = (torch.cat([target[name] for target in targets]) for name in ("boxes", "labels"))
+    sound = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & torch.isfinite(boxes).all(dim=1)
+    known = (labels >= 1) & (labels < classes if classes else True)
+    if not bool((sound & known).all()):  # one look for the whole batch: each makes the host wait for the device
+        row = int((~(sound & known)).nonzero()[0])
         index = next(i for i in range(len(targets)) if sum(len(target["boxes"]) for target in targets[: i + 1]) > row)
+        if not bool(sound[row]):
+            raise ValueError(
+                f"image {index} of the batch has the box {boxes[row].tolist()}: right must be above left and bottom above "
+                "top, all finite; leave such boxes out when the data are loaded"
+            )
         raise ValueError(
-            f"image {index} of the batch has the box {everything[row].tolist()}: right must be above left and bottom above top, "
-            "all finite; leave such boxes out when the data are loaded"
+            f"image {index} of the batch has the label {int(labels[row])}: labels go from 1 to "
+            f"{classes - 1 if classes else 'the number of classes'}, 0 is the background"
         )

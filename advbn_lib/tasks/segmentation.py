@@ -98,7 +98,13 @@ class Segmentation:
 
     def _concat(self, deep: Tensor, low: Tensor) -> Tensor:
         decoder = self.model.decoder
-        return torch.cat([decoder.up(deep), decoder.block1(low)], dim=1)
+        deep, low = decoder.up(deep), decoder.block1(low)
+        if deep.shape[-2:] != low.shape[-2:]:
+            raise ValueError(
+                f"the decoder's features are {tuple(deep.shape[-2:])} and {tuple(low.shape[-2:])} (H,W): "
+                "crop images and masks to sides that the network's output stride divides"
+            )
+        return torch.cat([deep, low], dim=1)
 
 
 def pixel_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -115,6 +121,8 @@ def pixel_losses(logits: Tensor, targets: Tensor) -> Tensor:
             f"logits are {tuple(logits.shape)} (N,K,H,W) but masks {tuple(targets.shape)} (N,H,W): "
             "crop images and masks to sides that the network's output stride divides"
         )
+    if targets.dtype != torch.int64:
+        raise ValueError(f"masks must be int64, got {targets.dtype}: masks.long()")
     pixels = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
     labelled = (targets != IGNORE).sum().clamp_min(1)
     return pixels.flatten(1).sum(1) * (len(logits) / labelled)
@@ -135,5 +143,7 @@ def _check_structure(model: nn.Module) -> None:
             f"{type(model).__name__} {why}: Segmentation needs segmentation-models-pytorch's DeepLabV3Plus "
             "over a plain ResNet (resnet18 to resnet152), see advbn_lib.models.deeplab"
         )
+    if any(isinstance(module, (nn.Softmax, nn.LogSoftmax, nn.Sigmoid)) for module in model.segmentation_head.modules()):
+        raise ValueError("the segmentation head ends in an activation, but the loss takes logits: build it with activation=None")
     if getattr(model, "classification_head", None) is not None:
         raise ValueError("the model has a classification head, which has no loss here: build it without aux_params")
