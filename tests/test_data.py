@@ -347,4 +347,4 @@ def test_the_published_network_reads_the_real_cifar10():
 
 def test_every_named_set_can_be_loaded_by_its_name():
     pacs = {f"pacs/{domain}" for domain in ("photo", "art_painting", "cartoon", "sketch")}
-    assert set(DATA_SETS) == {"cifar10", "cifar100", "digits"} | pacs
+    assert set(DATA_SETS) == {"cifar10", "cifar100", "digits", "svhn", "tiny_imagenet"} | pacs

@@ -11,11 +11,15 @@ from advbn_lib.data.cifar100 import load_cifar100
 from advbn_lib.data.digits import load_digits
 from advbn_lib.data.images import DataError, ImageSet
 from advbn_lib.data.pacs import load_pacs_split
+from advbn_lib.data.svhn import load_svhn
+from advbn_lib.data.tiny_imagenet import load_tiny_imagenet
 
 DATA_SETS: dict[str, Callable[[Literal["train", "test"]], ImageSet]] = {
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
     "digits": load_digits,
+    "svhn": load_svhn,
+    "tiny_imagenet": load_tiny_imagenet,
     **{f"pacs/{domain}": partial(load_pacs_split, domain) for domain in ("photo", "art_painting", "cartoon", "sketch")},
 }
 
