@@ -24,16 +24,21 @@ class Side:
 class Claim:
     """What a paper says, and the comparison that decides: ``first`` minus ``second``, paired by seed, must exceed ``above``.
 
-    It is decided at each of ``presets`` by itself.
+    Without ``second``, ``first`` itself must. It is decided at each of ``presets`` by itself.
     """
 
     id: str
     paper: str
     says: str
     first: Side
-    second: Side
+    second: Side | None
     above: float
     presets: tuple[str, ...] = ("cpu",)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """One or two."""
+        return (self.first,) if self.second is None else (self.first, self.second)
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,10 @@ def read_claims(path: Path) -> list[Claim]:
 
     rows = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
-        sides = [{side: Side(**row[side]) for side in ("first", "second")} for row in rows]
+        sides = [{side: Side(**row[side]) if row[side] else None for side in ("first", "second")} for row in rows]
         claims = [Claim(**{**row, "presets": tuple(row["presets"]), **pair}) for row, pair in zip(rows, sides)]
+        if not all(claim.first for claim in claims):
+            raise TypeError("it has no first side")
     except (TypeError, KeyError) as error:
         raise RecordError(f"{path}: an entry is not a claim: {error}") from error
     if len({claim.id for claim in claims}) < len(claims):
@@ -67,10 +74,13 @@ def read_claims(path: Path) -> list[Claim]:
 
 def decide(claim: Claim, preset: str, folder: Path | None = None) -> Finding:
     """The verdict: holds if the whole 95 % interval is above the criterion, does not if it is wholly below, else undecided."""
-    first, second = (records.load(side.experiment, preset, folder) for side in (claim.first, claim.second))
-    if not first or not second:
+    first, *others = (records.load(side.experiment, preset, folder) for side in claim.sides)
+    if not first or not all(others):
         return Finding(claim, preset, "not run", None)
-    effect = records.difference(first, second, claim.first.metric, claim.second.metric)
+    if claim.second is None:
+        effect = records.aggregate(first, claim.first.metric)
+    else:
+        effect = records.difference(first, others[0], claim.first.metric, claim.second.metric)
     if effect.low > claim.above:
         verdict: Verdict = "holds at this scale"
     elif effect.high < claim.above:

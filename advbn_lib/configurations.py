@@ -8,14 +8,18 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
+from advbn_lib.attacks import PGD
 from advbn_lib.data.images import ImageSet
+from advbn_lib.fused_bn import Fusion, Mix
 from advbn_lib.methods.advbn import AdvBN
 from advbn_lib.methods.advprop import AdvProp
+from advbn_lib.methods.afa import AFA, EndPoints, JointAFA
 from advbn_lib.methods.afan import AFAN, FeatureAugmentation, Site
 from advbn_lib.methods.augmix import AugMix, AugMixAdvBN, Mixing
 from advbn_lib.methods.base import Method
 from advbn_lib.methods.baselines import CleanFineTuning, PlainTraining, RandomStatistics, UnchangedStatistics
 from advbn_lib.methods.feature_controls import ExtraForwards, FeatureNoise, UnchangedFeatures
+from advbn_lib.methods.pgd_training import TRADES, PGDTraining
 from advbn_lib.models.networks import layer_of_stage
 from advbn_lib.tasks.classification import Classification
 
@@ -188,7 +192,71 @@ class AdversarialImages:
         return AdvProp(model, images.mean, images.std, self.eps, self.step_size, self.steps)
 
 
+@dataclass(frozen=True)
+class Attacked:
+    """PGD training, and what AFA and TRADES have in common with it: how images are attacked while training.
+
+    Args:
+        eps: the radius (AFA: the largest), l-infinity, in 1/255.
+        steps: of the attack, from a random start. A preset may set it, see :class:`~advbn_lib.presets.AttackPreset`. One is
+            1.25 / steps of the radius long, as in the released code of OAT.
+    """
+
+    trains: ClassVar[type[Method]] = PGDTraining
+
+    eps: float = 8.0
+    steps: int = 7
+
+    def build(self, model: nn.Module, images: ImageSet) -> Method:
+        return self.trains(model, self.attack(images), self.eps)
+
+    def attack(self, images: ImageSet) -> PGD:
+        """On networks that are trained on ``images``."""
+        return PGD(images.mean, images.std, self.steps, 1.25 / self.steps)
+
+
+@dataclass(frozen=True)
+class Traded(Attacked):
+    """TRADES, with the weight of the divergence that its authors use."""
+
+    trains: ClassVar[type[Method]] = TRADES
+
+    beta: float = 6.0
+
+    def build(self, model: nn.Module, images: ImageSet) -> Method:
+        return TRADES(model, self.attack(images), self.eps, self.beta)
+
+
+@dataclass(frozen=True)
+class FusedEnds(Attacked):
+    """AFA's first stage: the two BatchNorm sets. ``mix``, ``weights``, ``moments``: see :class:`~advbn_lib.fused_bn.Fusion`."""
+
+    trains: ClassVar[type[Method]] = EndPoints
+
+    mix: Mix = "output"
+    weights: Literal["layer", "network"] = "layer"
+    moments: bool = False
+
+    def build(self, model: nn.Module, images: ImageSet) -> Method:
+        return self.trains(model, self.attack(images), self.eps, Fusion(self.mix, self.weights, self.moments))
+
+
+@dataclass(frozen=True)
+class FusedWeights(FusedEnds):
+    """AFA's second stage: the weights between the two sets."""
+
+    trains: ClassVar[type[Method]] = AFA
+
+
+@dataclass(frozen=True)
+class FusedTogether(FusedEnds):
+    """Both stages at once."""
+
+    trains: ClassVar[type[Method]] = JointAFA
+
+
 Configuration = (
     Plain | Clean | Unchanged | Random | Adversarial | Augmented | AugmentedAdversarial
     | UnchangedFeatureMaps | NoisyFeatureMaps | ExtraPasses | AdversarialFeatureMaps | AdversarialImages
+    | Attacked | Traded | FusedEnds | FusedWeights | FusedTogether
 )  # fmt: skip

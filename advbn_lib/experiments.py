@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from advbn_lib.configurations import (
     Adversarial,
     AdversarialFeatureMaps,
     AdversarialImages,
+    Attacked,
     Augmented,
     AugmentedAdversarial,
     Clean,
     Configuration,
     ExtraPasses,
+    FusedEnds,
+    FusedTogether,
+    FusedWeights,
     NoisyFeatureMaps,
     Plain,
     Random,
+    Traded,
     Unchanged,
     UnchangedFeatureMaps,
 )  # fmt: skip
-from advbn_lib.presets import PRESETS, Preset
+from advbn_lib.presets import PRESETS, AttackPreset, Preset
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A method and why it is run."""
+    """A method and why it is run.
+
+    Attributes:
+        stage: whose schedule it is trained by.
+        after: the experiment whose network it starts from; empty: what the stage starts from at the preset.
+    """
 
     name: str
     about: str
     method: Configuration
     stage: Literal["none", "pretraining", "fine_tuning"] = "fine_tuning"
+    after: str = ""
 
 
 HEADLINE = (
@@ -83,8 +94,9 @@ FROM_SCRATCH = tuple(
     for name, about, method in (
         ("afan", "A-FAN as released for CIFAR-10: five steps behind stage 1", AdversarialFeatureMaps()),
         ("afan_eval_mode", "A-FAN whose ascent runs in eval mode and leaves no trace", AdversarialFeatureMaps(attack_mode="eval")),
-        ("afan_mixed", "A-FAN with a point half way, and the statistics of the last one re-injected", AdversarialFeatureMaps(points=3, mix="01")),
-        ("afan_mixed_batch", "the same, with statistics per channel over the batch", AdversarialFeatureMaps(points=3, mix="01", over="batch")),
+        ("afan_points", "A-FAN with a point half way, too", AdversarialFeatureMaps(points=3)),
+        ("afan_mixed", "the same, with the statistics of the last point re-injected and not the point itself", AdversarialFeatureMaps(points=3, mix="01")),
+        ("afan_mixed_batch", "afan_mixed with statistics per channel over the batch", AdversarialFeatureMaps(points=3, mix="01", over="batch")),
         ("feature_noise", "control: uniform noise on features, as large as A-FAN's steps reach", NoisyFeatureMaps()),
         ("unchanged_features", "control: A-FAN's loss with an ascent of no steps", UnchangedFeatureMaps()),
         ("extra_forwards", "control: A-FAN's forward passes and no more; they move BatchNorm's running statistics", ExtraPasses()),
@@ -93,11 +105,38 @@ FROM_SCRATCH = tuple(
     )
 )  # fmt: skip
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (*HEADLINE, *ABLATIONS, *FROM_SCRATCH)}
+# Trained on attacked images: can one model serve every strength?
+ATTACKED = (
+    *(
+        Experiment(name, about, method, "pretraining")
+        for name, about, method in (
+            ("pgd_4", "control: PGD training at 4/255, the right thing for weak attacks", Attacked(4.0)),
+            ("pgd_8", "control: PGD training at 8/255, the right thing for strong attacks", Attacked()),
+            ("trades", "control: TRADES at 8/255", Traded()),
+            ("end_points", "AFA's first stage: a BatchNorm set for clean images and one for attacks of 8/255", FusedEnds()),
+            ("end_points_statistics", "the same, but the sets differ in their statistics alone", FusedEnds(mix="statistics")),
+            ("end_points_affine", "the same, but the sets differ in scale and offset alone", FusedEnds(mix="affine")),
+            ("afa_joint", "AFA in one stage: sets and fusing weights trained together", FusedTogether()),
+        )
+    ),
+    *(
+        Experiment(name, about, method, "fine_tuning", after)
+        for name, after, about, method in (
+            ("afa", "end_points", "AFA: fusing weights learned between the end points, for attacks of 0 to 8/255", FusedWeights()),
+            ("afa_network", "end_points", "AFA with one weight for the whole network, predicted at its first layer", FusedWeights(weights="network")),
+            ("afa_parameters", "end_points", "AFA that interpolates the sets' parameters, not their outputs", FusedWeights(mix="parameters")),
+            ("afa_moments", "end_points", "AFA whose predictor also sees standard deviations", FusedWeights(moments=True)),
+            ("afa_statistics", "end_points_statistics", "AFA between sets that differ in their statistics alone", FusedWeights(mix="statistics")),
+            ("afa_affine", "end_points_affine", "AFA between sets that differ in scale and offset alone", FusedWeights(mix="affine")),
+        )
+    ),
+)  # fmt: skip
+
+EXPERIMENTS = {experiment.name: experiment for experiment in (*HEADLINE, *ABLATIONS, *FROM_SCRATCH, *ATTACKED)}
 
 
 def find(experiment: str, preset: str) -> tuple[Experiment, Preset]:
-    """Look both up.
+    """Look both up. The experiment comes with what the preset decides about its method.
 
     Raises:
         ValueError: there is no such experiment or preset (all are listed), or the preset has no such stage.
@@ -111,4 +150,7 @@ def find(experiment: str, preset: str) -> tuple[Experiment, Preset]:
         raise ValueError(
             f"{experiment!r} trains from scratch, but preset {preset!r} starts from published weights; presets for it: {possible}"
         )
-    return EXPERIMENTS[experiment], PRESETS[preset]
+    found, size = EXPERIMENTS[experiment], PRESETS[preset]
+    if isinstance(size, AttackPreset) and isinstance(found.method, Attacked):
+        found = replace(found, method=replace(found.method, steps=size.attack_steps))
+    return found, size

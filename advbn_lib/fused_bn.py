@@ -245,6 +245,21 @@ def fuse_batch_norms(model: nn.Module, fusion: Fusion = Fusion()) -> int:
     return len(new)
 
 
+def unfuse_batch_norms(model: nn.Module) -> int:
+    """Make each layer that fuses a plain :class:`~advbn_lib.dual_bn.DualBatchNorm` of its two sets, in place, without predictors.
+
+    Returns:
+        How many there were.
+    """
+    layers = fused_layers(model)
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        dual = DualBatchNorm(layer.clean)
+        dual.adversarial = layer.adversarial
+        setattr(model.get_submodule(parent), child, dual.train(layer.training))
+    return len(layers)
+
+
 def fused_layers(model: nn.Module) -> dict[str, FusedBatchNorm]:
     """The layers that fuse, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedBatchNorm)}

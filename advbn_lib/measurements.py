@@ -20,8 +20,9 @@ from advbn_lib.data.sets import load_images
 from advbn_lib.decoder import DecoderConfig
 from advbn_lib.experiments import FROM_SCRATCH
 from advbn_lib.presets import PRESETS
-from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, versions
-from advbn_lib.running import check_seed, prepare, start_network
+from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, state_checksum, versions
+from advbn_lib.running import UNFLIPPED, check_seed, prepare, start_network, train_method
+from advbn_lib.strength_statistics import StatisticsStudy, strength_statistics
 from advbn_lib.task_runs import ABOUT, METHODS, run_bench
 from advbn_lib.training import Schedule
 
@@ -110,7 +111,7 @@ def _step_cost(job: Job) -> Outcome:
         network, weights = start_network(start)
         network = network.to(job.device, memory_format=torch.channels_last)
         methods[name] = start.experiment.method.build(network, train_set).to(job.device)
-    loader = DeviceLoader(train_set, size.pretraining.batch_size, job.seed, job.device, flip=size.data != "digits")
+    loader = DeviceLoader(train_set, size.pretraining.batch_size, job.seed, job.device, flip=size.data not in UNFLIPPED)
     images, labels = next(iter(loader.epoch(0)))
     measured = step_cost.step_cost(methods, images, labels, plain="pretrain", rounds=step_cost.ROUNDS)
     data = {train_set.name: {"images": len(train_set), "sha256": train_set.checksum}}
@@ -162,6 +163,41 @@ def _study_config(preset: str) -> dict[str, Any]:
     return {**start, **asdict(STUDIES[preset])}
 
 
+# ---- statistics against strength -----------------------------------------------------------
+
+STATISTICS = {
+    "smoke_attack": StatisticsStudy(strengths=(0, 8, 16, 32), steps=2, images=64, examples=3),
+    "cpu_attack": StatisticsStudy(),
+    "gpu_attack": StatisticsStudy(images=10_000),
+}
+STATISTICS_CODE = (
+    "advbn_lib.strength_statistics", "advbn_lib.training", "advbn_lib.data.loader", "advbn_lib.models.cifar_resnet",
+)  # fmt: skip
+WHOSE_STATISTICS = ("pretrain", "pgd_8")  # trained on clean images; trained on attacked ones
+
+
+def _strength_statistics(job: Job) -> Outcome:
+    study = replace(STATISTICS[job.preset], seed=job.seed)
+    test = load_images(PRESETS[job.preset].data, "test").to(job.device)
+    tables, curves, weights = {}, {}, {}
+    for name in WHOSE_STATISTICS:
+        start = prepare(
+            name, job.preset, job.seed, str(job.device),
+            records_folder=job.records_folder, runs_folder=job.runs_folder, show_progress=job.show_progress,
+        )  # fmt: skip
+        network = train_method(start).method.model
+        weights[name] = state_checksum(network.state_dict())
+        tables[name], found = strength_statistics(network, test, study, show_progress=job.show_progress)
+        curves |= {f"{name}/{curve}": values for curve, values in found.items()}
+    data = {test.name: {"images": len(test), "sha256": test.checksum}}
+    return Outcome({"statistics": tables}, curves, data=data, weights={"source": "trained here", "sha256": weights})
+
+
+def _statistics_config(preset: str) -> dict[str, Any]:
+    size = PRESETS[preset]
+    return {"data": size.data, "network": size.network, "models": WHOSE_STATISTICS, **asdict(STATISTICS[preset])}
+
+
 # ---- detection and segmentation ------------------------------------------------------------
 
 BENCHES = {"detection": detection_bench, "segmentation": segmentation_bench}
@@ -208,6 +244,11 @@ MEASUREMENTS = {
             "appearance", "decoded worst-case features beside other changes of the same size: is it style or content?",
             tuple(STUDIES), _study_config, ("advbn_lib.appearance_study", "advbn_lib.models.cifar_resnet"), _appearance,
             headline=("pixel_change", "style_change", "edge_correlation", "accuracy"),
+        ),
+        Measurement(
+            "strength_statistics", "do feature statistics move one way only as an attack gets stronger, and under noise?",
+            tuple(STATISTICS), _statistics_config, STATISTICS_CODE, _strength_statistics, group="statistics",
+            headline=("monotone_share", "spearman", "shift"),
         ),
         *(_bench_measurement(task, method) for task in BENCHES for method in METHODS),
     )

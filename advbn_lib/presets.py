@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from advbn_lib.data.shifts import CORRUPTIONS, STYLES, WITHOUT_SEVERITY
+from advbn_lib.robustness import StrengthTest
 from advbn_lib.training import Schedule
 
 
@@ -51,6 +52,19 @@ class Preset:
     parts: int = 1
     corruptions: Literal["computed", "stored"] = "computed"
     precision: Literal["auto", "float32"] = "auto"
+
+
+@dataclass(frozen=True)
+class AttackPreset(Preset):
+    """A size at which networks are also attacked on their pixels.
+
+    Attributes:
+        attack_steps: of the attack in training, for the methods that train on attacked images.
+        attacked: how the trained network is attacked.
+    """
+
+    attack_steps: int = 7
+    attacked: StrengthTest = StrengthTest()
 
 
 def shifts_at(severities: tuple[int, ...], names: tuple[str, ...] = (*CORRUPTIONS, *STYLES)) -> tuple[str, ...]:
@@ -127,6 +141,31 @@ PRESETS = {
         pretraining_images=45_000,
         fine_tuning=Schedule(epochs=4, batch_size=128, lr=0.01, milestones=(2,)),
         shifts=shifts_at((1, 2, 3, 4, 5), tuple(CORRUPTIONS)),
+    ),
+}  # fmt: skip
+# Whole trainings on attacked images. Fine-tuning is AFA's second stage: only what predicts the fusing weights is trained.
+PRESETS |= {
+    "smoke_attack": AttackPreset(
+        "scikit-learn's digits and a tiny network, attacked: to see that everything runs",
+        "digits", "resnet8", "pretrain", precision="float32",
+        pretraining=Schedule(epochs=4, batch_size=32, lr=0.1, milestones=(3,)), pretraining_images=640,
+        fine_tuning=Schedule(epochs=1, batch_size=64, lr=0.1), train_images=640, shifts=("clean",),
+        attack_steps=2, attacked=StrengthTest(strengths=(0, 4, 8, 16), steps=3, images=64, cross_strengths=(8,)),
+    ),
+    "cpu_attack": AttackPreset(
+        "CIFAR-10, ResNet-8 trained from scratch for 15 epochs on 10,000 images; attacked on the first 1,000 test images",
+        "cifar10", "resnet8", "pretrain",
+        pretraining=Schedule(epochs=15, batch_size=128, lr=0.1, milestones=(9, 13), warmup=1, weight_decay=5e-4),
+        pretraining_images=10_000,
+        fine_tuning=Schedule(epochs=3, batch_size=128, lr=0.1, milestones=(2,)), train_images=10_000,
+        shifts=("clean",), attack_steps=3,
+    ),
+    "gpu_attack": AttackPreset(
+        "CIFAR-10, ResNet-18 trained from scratch for 30 epochs on all training images; attacked on all test images",
+        "cifar10", "resnet18", "pretrain",
+        pretraining=Schedule(epochs=30, batch_size=128, lr=0.1, milestones=(20, 27), warmup=1, weight_decay=5e-4),
+        fine_tuning=Schedule(epochs=3, batch_size=128, lr=0.1, milestones=(2,)),
+        shifts=("clean",), attack_steps=7, attacked=StrengthTest(images=10_000),
     ),
 }  # fmt: skip
 # A-FAN's training from scratch with other networks and data.

@@ -25,11 +25,13 @@ from advbn_lib.data.sets import load_images
 from advbn_lib.data.shifts import Shift, parse_shift
 from advbn_lib.evaluation import accuracies, family_means, shift_means
 from advbn_lib.experiments import Experiment, find
+from advbn_lib.fused_bn import unfuse_batch_norms
 from advbn_lib.methods.base import Method
 from advbn_lib.models.cifar_resnet import CifarResNet, load_published_weights, resnet18_for_cifar
 from advbn_lib.models.efficientnet import efficientnet_b0_for_cifar
-from advbn_lib.presets import Preset
+from advbn_lib.presets import AttackPreset, Preset
 from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, state_checksum, versions
+from advbn_lib.robustness import strength_test
 from advbn_lib.training import History, Schedule, precision_on, train
 from advbn_lib.weights import published_weights
 
@@ -38,6 +40,7 @@ from advbn_lib.weights import published_weights
 # of data sets: a set's checksum says what was read.
 TRAINING_CODE = ("advbn_lib.training", "advbn_lib.data.loader", "advbn_lib.models.cifar_resnet", "advbn_lib.weights")
 TESTING_CODE = ("advbn_lib.evaluation",)
+UNFLIPPED = ("digits", "svhn")  # a mirrored digit is none, or another one
 FOR_CIFAR = {"resnet18": resnet18_for_cifar, "efficientnet_b0": efficientnet_b0_for_cifar}  # networks for 32x32 images
 
 
@@ -98,7 +101,8 @@ class Run:
     def code(self) -> str:
         """Hash of the code that its numbers depend on."""
         elsewhere = ["advbn_lib.confusion"] if self.preset.elsewhere else []
-        return code_hash([*TRAINING_CODE, *TESTING_CODE, *elsewhere, *self._method_code])
+        attacked = ["advbn_lib.robustness"] if isinstance(self.preset, AttackPreset) else []
+        return code_hash([*TRAINING_CODE, *TESTING_CODE, *elsewhere, *attacked, *self._method_code])
 
     @property
     def _method_code(self) -> tuple[str, ...]:
@@ -163,8 +167,10 @@ def run(job: Run, again: bool = False) -> records.Record:
         trained.method, main, shifts, job.show_progress, parts=job.preset.parts, precision=job.precision,
         stored=load_cifar10c if job.preset.corruptions == "stored" else None,
     )  # fmt: skip
-    balance = _test_elsewhere(trained.method, elsewhere, table, job.precision)
-    record = _record(job, trained, table, balance, described, round(time.perf_counter() - started, 4))
+    more = _test_elsewhere(trained.method, elsewhere, table, job.precision)
+    if isinstance(job.preset, AttackPreset):
+        more |= strength_test(trained.method, main, job.preset.attacked, job.show_progress)
+    record = _record(job, trained, table, more, described, round(time.perf_counter() - started, 4))
     records.write(record, job.records_folder)
     return record
 
@@ -231,7 +237,7 @@ def _test_elsewhere(
 
 
 def _record(
-    job: Run, trained: Trained, table: dict[str, dict[str, float]], balance: dict[str, Any], tested_on: dict[str, Any],
+    job: Run, trained: Trained, table: dict[str, dict[str, float]], more: dict[str, Any], tested_on: dict[str, Any],
     test_seconds: float,
 ) -> records.Record:  # fmt: skip
     losses, train_seconds = trained.history.losses, round(trained.history.seconds, 2)
@@ -244,7 +250,7 @@ def _record(
         metrics={
             "mean": {branch: family_means(shares) for branch, shares in table.items()},
             "shift": {branch: shift_means(shares) for branch, shares in table.items()},
-            **balance,
+            **more,
             "accuracy": table,
         },
         curves={
@@ -298,7 +304,11 @@ def start_network(job: Run) -> tuple[nn.Module, dict[str, Any]]:
     classes = len(load_images(job.preset.data, "train").classes)
     network = new_network(job.preset.network, classes)
     start = job.preset.pretraining_start if job.experiment.stage == "pretraining" else job.preset.start
-    if start == "new":
+    if job.experiment.after:
+        network = _network_of(job, job.experiment.after)
+        unfuse_batch_norms(network)  # AFA's stages may fuse in different ways: what they share is the two sets
+        source = f"{job.experiment.after}, {job.preset_name}, seed {job.seed}"
+    elif start == "new":
         source = f"new, seed {job.seed}"
     elif start == "published":
         path = published_weights(job.preset.network)
@@ -311,7 +321,7 @@ def start_network(job: Run) -> tuple[nn.Module, dict[str, Any]]:
             published.fc = network.fc
             network, source = published, f"{path.name}, but a new last layer, seed {job.seed}"
     else:
-        network.load_state_dict(_pretrained(job))
+        network.load_state_dict(_network_of(job, "pretrain").state_dict())
         source = f"pretrain, {job.preset_name}, seed {job.seed}"
     return network, {"source": source, "sha256": state_checksum(network.state_dict())}
 
@@ -328,15 +338,16 @@ def is_current(job: Run, record: records.Record) -> bool:
     return record.config == job.config and record.code["hash"] == job.code
 
 
-def _pretrained(job: Run) -> dict[str, torch.Tensor]:
-    experiment, _ = find("pretrain", job.preset_name)
-    return train_method(dataclasses.replace(job, experiment=experiment)).method.model.state_dict()
+def _network_of(job: Run, name: str) -> nn.Module:
+    """As another experiment leaves it, at the same preset and seed."""
+    experiment, _ = find(name, job.preset_name)
+    return train_method(dataclasses.replace(job, experiment=experiment)).method.model
 
 
 def _train(job: Run, method: Method, train_set: ImageSet, key: str) -> History:
     if job.schedule is None:
         return History()
-    loader = DeviceLoader(train_set, job.schedule.batch_size, job.seed, job.device, flip=job.preset.data != "digits")
+    loader = DeviceLoader(train_set, job.schedule.batch_size, job.seed, job.device, flip=job.preset.data not in UNFLIPPED)
     return train(
         method,
         loader,

@@ -126,3 +126,18 @@ def smoke_run(tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture
+def trainings(monkeypatch) -> list:
+    """Every call of the training loop from now on."""
+    from advbn_lib import running
+
+    calls, original = [], running.train
+
+    def counted(method, *arguments, **options):
+        calls.append(type(method).__name__)
+        return original(method, *arguments, **options)
+
+    monkeypatch.setattr(running, "train", counted)
+    return calls

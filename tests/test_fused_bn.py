@@ -19,6 +19,7 @@ from advbn_lib.fused_bn import (
     fused_layers,
     predictor_parameters,
     recorded_weights,
+    unfuse_batch_norms,
     use_fused,
 )
 
@@ -346,6 +347,23 @@ def test_a_model_with_two_sets_keeps_them():
     assert not any(
         isinstance(inner, DualBatchNorm) for fused in fused_layers(model).values() for inner in fused.children()
     )
+
+
+@mixes
+def test_the_sets_can_be_fused_in_another_way(mix):
+    model, x = network(mix=mix), batch()[0]
+    expected = {}
+    for branch in ("clean", "adversarial"):
+        with use_branch(model, branch):
+            expected[branch] = model(x)
+    assert unfuse_batch_norms(model) == 7 and not fused_layers(model) and unfuse_batch_norms(model) == 0
+    for branch, logits in expected.items():
+        with use_branch(model, branch):
+            torch.testing.assert_close(model(x), logits)
+    assert fuse_batch_norms(model, Fusion(mix, "network", moments=True)) == 7
+    for weight, branch in END_POINTS:
+        with force_weights(model, weight):
+            torch.testing.assert_close(model(x), expected[branch])
 
 
 def test_a_state_goes_into_a_fresh_model():

@@ -51,19 +51,6 @@ def small(tmp_path, monkeypatch):
     return job
 
 
-@pytest.fixture
-def trainings(monkeypatch) -> list:
-    """Every call of the training loop from now on."""
-    calls, original = [], running.train
-
-    def counted(method, *arguments, **options):
-        calls.append(type(method).__name__)
-        return original(method, *arguments, **options)
-
-    monkeypatch.setattr(running, "train", counted)
-    return calls
-
-
 def comparable(record: records.Record) -> dict:
     """All of a record but the time it took, and when."""
     body = dataclasses.asdict(record)

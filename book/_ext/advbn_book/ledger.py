@@ -37,26 +37,32 @@ class ClaimsLedger(SphinxDirective):
                 chosen = [claim for claim in chosen if claim.paper in papers]
             findings = [claims.decide(claim, preset, folder) for claim in chosen]
             for finding in findings:
-                for side in (finding.claim.first, finding.claim.second):
+                for side in finding.claim.sides:
                     depend_on_records(self.env, folder, records.load(side.experiment, preset, folder))
             rows = [self.row(finding) for finding in findings]
         except (records.RecordError, OSError) as error:
             logger.warning("{claims-ledger}: %s", error, location=self.get_location(), type="advbn")
             return []
-        return [table_of(["the paper says", "verdict", "effect", "compared", "holds if above"], rows)]
+        return [table_of(["claim", "verdict", "effect", "compared", "holds if above"], rows)]
 
     def row(self, finding: claims.Finding) -> list[str]:
         claim, metric = finding.claim, finding.claim.first.metric
-        compared = f"{side_in_words(claim.first)} \N{MINUS SIGN} {side_in_words(claim.second)}"
-        effect = "not run" if finding.effect is None else wording.gap(finding.effect, metric, finding.preset)
-        unit = " points" if wording.is_accuracy(metric) else ""
-        limit = f"{wording.number(claim.above, metric, signed=True)}{unit}"
+        paired = claim.second is not None
+        compared = " \N{MINUS SIGN} ".join(map(side_in_words, claim.sides))
+        in_words = wording.gap if paired else wording.level
+        effect = "not run" if finding.effect is None else in_words(finding.effect, metric, finding.preset)
+        unit = (" points" if paired else " %") if wording.is_accuracy(metric) else ""
+        limit = f"{wording.number(claim.above, metric, signed=paired)}{unit}"
         return [claim.says, finding.verdict, effect, compared, limit]  # the verdict early: a phone shows two columns
 
 
 def side_in_words(side: claims.Side) -> str:
-    """``advbn, mean of corruptions, clean BN``; of others all but the group, ``appearance, noise, style change``."""
+    """``advbn, mean of corruptions, clean BN``; ``afa, fused, attacked at 8/255``; of others all but the group."""
     kind, *rest = side.metric.split("/")
+    if kind == "robust":
+        return f"{side.experiment}, {rest[0].replace('_', ' ')}, attacked at {rest[1]}/255"
+    if kind == "area":
+        return f"{side.experiment}, {rest[0].replace('_', ' ')}, mean over strengths"
     if kind not in ("accuracy", "mean"):
         return ", ".join([side.experiment, *(part.replace("_", " ") for part in rest)])
     branch, what = rest

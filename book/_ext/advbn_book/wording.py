@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 MINUS = "\N{MINUS SIGN}"
-SHARES = ("accuracy", "mean", "shift", "balanced", "commonest_answer", "detection", "segmentation")
+SHARES = (
+    "accuracy", "mean", "shift", "balanced", "commonest_answer", "detection", "segmentation", "robust", "area",
+)  # fmt: skip
 
 
 def number(value: float, metric: str, signed: bool = False) -> str:
