@@ -31,7 +31,7 @@ test: $(READY)
 install: $(READY)
 
 # The stamp is written last: an interrupted installation is taken up again by the next `make`.
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt tests/attack_libraries.txt
 	@python=; \
 	for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python); do \
 	  if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; \
@@ -46,6 +46,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	"$$python" -m venv $(VENV) || { \
 	  echo "Could not make $(VENV). On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r tests/attack_libraries.txt
 	@touch $@
 
 # uv (https://docs.astral.sh/uv) resolves for every Python and platform at once. Versions that

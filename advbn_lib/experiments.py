@@ -136,7 +136,7 @@ EXPERIMENTS = {experiment.name: experiment for experiment in (*HEADLINE, *ABLATI
 
 
 def find(experiment: str, preset: str) -> tuple[Experiment, Preset]:
-    """Look both up. The experiment comes with what the preset decides about its method.
+    """Look both up, each with what the other decides about it.
 
     Raises:
         ValueError: there is no such experiment or preset (all are listed), or the preset has no such stage.
@@ -153,4 +153,6 @@ def find(experiment: str, preset: str) -> tuple[Experiment, Preset]:
     found, size = EXPERIMENTS[experiment], PRESETS[preset]
     if isinstance(size, AttackPreset) and isinstance(found.method, Attacked):
         found = replace(found, method=replace(found.method, steps=size.attack_steps))
+        if found.after:  # fixed weights between the same sets were tested with the experiment that it starts from
+            size = replace(size, attacked=replace(size.attacked, fixed_weights=()))
     return found, size

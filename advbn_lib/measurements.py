@@ -1,82 +1,29 @@
-"""What gives a record and is no training of a classifier: the loader's speed, the adversary's looks, detection, segmentation."""
+"""What gives a record and is no training of a classifier: the loader's speed, the adversary's looks, detection, attacks, ..."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from advbn_lib import benchmarks, detection_bench, records, segmentation_bench, step_cost
 from advbn_lib.appearance_study import StudyConfig, study
+from advbn_lib.attack_measurements import ATTACK_MEASUREMENTS
 from advbn_lib.data.loader import DeviceLoader
 from advbn_lib.data.sets import load_images
 from advbn_lib.decoder import DecoderConfig
 from advbn_lib.experiments import FROM_SCRATCH
+from advbn_lib.measuring import Job, Measurement, Outcome
 from advbn_lib.presets import PRESETS
-from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, state_checksum, versions
-from advbn_lib.running import UNFLIPPED, check_seed, prepare, start_network, train_method
-from advbn_lib.strength_statistics import StatisticsStudy, strength_statistics
+from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, versions
+from advbn_lib.running import UNFLIPPED, check_seed, prepare, start_network
 from advbn_lib.task_runs import ABOUT, METHODS, run_bench
 from advbn_lib.training import Schedule
-
-
-@dataclass(frozen=True)
-class Job:
-    """One measurement to make: at which preset, with which seed, where. See :class:`advbn_lib.running.Run`."""
-
-    preset: str
-    seed: int
-    device: torch.device
-    records_folder: Path | None = None
-    runs_folder: Path = Path("runs")
-    show_progress: bool = True
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a measurement gave: the parts of a :class:`advbn_lib.records.Record` that only it knows."""
-
-    metrics: dict[str, Any]
-    curves: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    weights: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Something to measure.
-
-    Attributes:
-        about: why.
-        presets: at which it can be made.
-        config: what is chosen at a preset.
-        modules: whose code the numbers depend on.
-        measure: makes it.
-        on_gpu: whether it uses the GPU if there is one.
-        repeatable: whether the same code gives the same numbers; then it is not made twice.
-        group: of metrics that the command line prints; empty: the one of its own name.
-        headline: the numbers of it that are printed, by name; empty: all.
-    """
-
-    name: str
-    about: str
-    presets: tuple[str, ...]
-    config: Callable[[str], dict[str, Any]]
-    modules: tuple[str, ...]
-    measure: Callable[[Job], Outcome]
-    on_gpu: bool = True
-    repeatable: bool = True
-    group: str = ""
-    headline: tuple[str, ...] = ()
-
 
 # ---- the loader's speed --------------------------------------------------------------------
 
@@ -163,41 +110,6 @@ def _study_config(preset: str) -> dict[str, Any]:
     return {**start, **asdict(STUDIES[preset])}
 
 
-# ---- statistics against strength -----------------------------------------------------------
-
-STATISTICS = {
-    "smoke_attack": StatisticsStudy(strengths=(0, 8, 16, 32), steps=2, images=64, examples=3),
-    "cpu_attack": StatisticsStudy(),
-    "gpu_attack": StatisticsStudy(images=10_000),
-}
-STATISTICS_CODE = (
-    "advbn_lib.strength_statistics", "advbn_lib.training", "advbn_lib.data.loader", "advbn_lib.models.cifar_resnet",
-)  # fmt: skip
-WHOSE_STATISTICS = ("pretrain", "pgd_8")  # trained on clean images; trained on attacked ones
-
-
-def _strength_statistics(job: Job) -> Outcome:
-    study = replace(STATISTICS[job.preset], seed=job.seed)
-    test = load_images(PRESETS[job.preset].data, "test").to(job.device)
-    tables, curves, weights = {}, {}, {}
-    for name in WHOSE_STATISTICS:
-        start = prepare(
-            name, job.preset, job.seed, str(job.device),
-            records_folder=job.records_folder, runs_folder=job.runs_folder, show_progress=job.show_progress,
-        )  # fmt: skip
-        network = train_method(start).method.model
-        weights[name] = state_checksum(network.state_dict())
-        tables[name], found = strength_statistics(network, test, study, show_progress=job.show_progress)
-        curves |= {f"{name}/{curve}": values for curve, values in found.items()}
-    data = {test.name: {"images": len(test), "sha256": test.checksum}}
-    return Outcome({"statistics": tables}, curves, data=data, weights={"source": "trained here", "sha256": weights})
-
-
-def _statistics_config(preset: str) -> dict[str, Any]:
-    size = PRESETS[preset]
-    return {"data": size.data, "network": size.network, "models": WHOSE_STATISTICS, **asdict(STATISTICS[preset])}
-
-
 # ---- detection and segmentation ------------------------------------------------------------
 
 BENCHES = {"detection": detection_bench, "segmentation": segmentation_bench}
@@ -245,11 +157,7 @@ MEASUREMENTS = {
             tuple(STUDIES), _study_config, ("advbn_lib.appearance_study", "advbn_lib.models.cifar_resnet"), _appearance,
             headline=("pixel_change", "style_change", "edge_correlation", "accuracy"),
         ),
-        Measurement(
-            "strength_statistics", "do feature statistics move one way only as an attack gets stronger, and under noise?",
-            tuple(STATISTICS), _statistics_config, STATISTICS_CODE, _strength_statistics, group="statistics",
-            headline=("monotone_share", "spearman", "shift"),
-        ),
+        *ATTACK_MEASUREMENTS,
         *(_bench_measurement(task, method) for task in BENCHES for method in METHODS),
     )
 }  # fmt: skip

@@ -158,7 +158,7 @@ PRESETS |= {
         pretraining=Schedule(epochs=15, batch_size=128, lr=0.1, milestones=(9, 13), warmup=1, weight_decay=5e-4),
         pretraining_images=10_000,
         fine_tuning=Schedule(epochs=3, batch_size=128, lr=0.1, milestones=(2,)), train_images=10_000,
-        shifts=("clean",), attack_steps=3,
+        shifts=("clean",), attack_steps=3, attacked=StrengthTest(fixed_weights=(0.0, 0.5, 1.0), cross_strengths=(8,)),
     ),
     "gpu_attack": AttackPreset(
         "CIFAR-10, ResNet-18 trained from scratch for 30 epochs on all training images; attacked on all test images",

@@ -110,7 +110,7 @@ def sources(folder: Path, *patterns: str) -> list[Path]:
 
 def notebook_key(layout: Layout, notebook: Path, preset: str) -> str:
     """What the outputs of a notebook depend on, as one hash."""
-    inputs = [notebook, layout.root / "constraints.txt"]
+    inputs = [notebook, layout.root / "constraints.txt", layout.root / "book" / "claims.yml"]  # one shows verdicts
     inputs += sources(layout.root / "advbn_lib", "*.py")
     inputs += sources(layout.records, "*.json")
     return digest(inputs, layout.root, "executed-1", preset, sys.version)

@@ -53,6 +53,7 @@ def test_a_second_stage_comes_after_a_first_one_that_shares_the_same_parts():
 def test_the_preset_says_how_long_attacks_in_training_are(preset):
     for experiment in ATTACKED:
         assert find(experiment.name, preset)[0].method.steps == PRESETS[preset].attack_steps
+    assert find("afa", preset)[1].attacked.fixed_weights == () != find("afa_joint", preset)[1].attacked.fixed_weights
     assert find("pretrain", preset)[0] is EXPERIMENTS["pretrain"]
     assert find("pgd_8", "cpu_scratch")[0].method == Attacked()
 
@@ -74,9 +75,11 @@ def test_the_second_stage_trains_the_weights_between_sets_that_stay_as_they_were
 def test_a_record_says_how_the_network_stands_attacks(small, trainings):
     metrics = running.run(small("afa")).metrics
     assert set(metrics["accuracy"]) == {"fused", "clean", "adversarial"}
-    assert set(metrics["robust"]) == {"fused", "fixed_0", "fixed_1", "frozen_weights", "worst_case"}
+    assert set(metrics["robust"]) == {"fused", "frozen_weights", "worst_case"}
     assert metrics["robust"]["worst_case"]["8"] <= metrics["robust"]["fused"]["8"] <= metrics["robust"]["fused"]["0"]
     assert -1 <= metrics["weight_follows"]["all"] <= 1
+    ends = running.run(small("end_points")).metrics
+    assert set(ends["robust"]) == {"fixed_0", "fixed_1"} and ends["area"]["best_fixed"] <= ends["area"]["oracle"]
     plain = running.run(small("pretrain")).metrics
     assert set(plain["robust"]) == {"clean", "worst_case"} and "weights" not in plain
     assert plain["area"].keys() == {"clean"}

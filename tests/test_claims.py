@@ -17,10 +17,10 @@ LEDGER = ROOT / "book" / "claims.yml"
 METRIC = "mean/clean/corruptions"
 CONTROLS = {
     "clean_finetuning", "random_statistics", "advbn_shared_bn", "augmix", "pretrain", "feature_noise", "unchanged_features",
-    "extra_forwards", "advprop_5_steps", "afan_points", "pgd_4", "pgd_8", "trades",
+    "extra_forwards", "advprop_5_steps", "afan_points", "end_points", "pgd_4", "pgd_8", "trades",
 }  # fmt: skip
-# Of the looks: other changes of features. Of AFA: the end points, models with one weight for all, attacks it was trained on.
-IN_THE_SAME_RECORD = {*appearance_study.CONTROLS, "clean", "fixed_1", "best_fixed", "fused"}
+# Of the looks: other changes of features. Of AFA: the clean end point, the attack it was trained on.
+IN_THE_SAME_RECORD = {*appearance_study.CONTROLS, "clean", "fused"}
 
 
 def write(folder: Path, experiment: str, values: list[float]) -> None:
