@@ -34,6 +34,11 @@ def pins() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def hidden(file: Path, folder: Path) -> bool:
+    """What tools leave behind."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
 def text_files() -> list[Path]:
     """Every file of the project that a person could have typed something into."""
     skip = {".venv", "_build", "build", "dist", "runs", "data", "records", "__pycache__", ".git"}
@@ -44,7 +49,7 @@ def text_files() -> list[Path]:
     ]
     folders += [ROOT / ".ci", ROOT / ".github"]
     files = [file for file in ROOT.iterdir() if file.is_file()]
-    files += [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    files += [file for folder in folders for file in folder.rglob("*") if file.is_file() and not hidden(file, folder)]
     return [
         file
         for file in files
