@@ -94,6 +94,30 @@ def test_run_shows_what_the_records_say(source):
     assert warnings == ""
 
 
+def test_metrics_in_metrics_stand_in_a_box_a_row_for_each_path(source):
+    deep = {
+        "pretrain": {
+            "chance": {"share": 0.25},
+            "attack": {"mean": {"share": 0.5, "shift": 1.5}, "all": {"share": 0.75, "shift": 2.5}},
+        }
+    }
+    nested = dataclasses.replace(
+        record("study", 0, 0.5), metrics={"statistics": deep, "robust": {"fused": {"0": 0.6, "8": 0.3}}}
+    )
+    records.write(nested, source / "records")
+    listing(source)
+    _, page, warnings = make(source)
+    words = page.split()
+    assert warnings == "" and "Statistics" in words
+    for row in (
+        "pretrain, chance 0.250",
+        "pretrain, attack, mean 0.500 1.50",
+        "pretrain, attack, all 0.750 2.50",
+        "8 30.0 %",
+    ):
+        assert row in " ".join(words)
+
+
 def test_difference_is_paired_by_seed(source):
     page, _, warnings = make(source, f"{{run-diff}}`clean_finetuning - advbn cpu {METRIC}`")
     values = [b - a for a, b in zip(ACCURACIES["advbn"], ACCURACIES["clean_finetuning"], strict=True)]

@@ -24,6 +24,7 @@ FOLDED = {  # long tables, and what their boxes say
     "appearance_layer2": "Layer 2, eps 1.1",
     "appearance_layer2_eps_0.5": "Layer 2, eps 0.5",
 }
+BY_BRANCH = ("accuracy", "mean", "shift", "balanced", "commonest_answer")
 
 
 def duration(seconds: float) -> str:
@@ -33,22 +34,61 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def measured(runs: list, group: str) -> nodes.table:
+def measured(runs: list, group: str) -> nodes.Node:
     """What the runs of one experiment found together, in one group of metrics.
 
-    Metrics by BatchNorm branch and shift make one row a shift and one column a branch; others one row each.
+    Metrics by BatchNorm branch and shift make one row a shift and one column a branch; others one row each. What is nested deeper
+    stands in a box.
     """
     found = runs[0].metrics[group]
+    if depth(found) > 2:
+        tables = [nested_table(runs, group, paths, names) for names, paths in by_names(found).items()]
+        return folded(FOLDED.get(group, group.replace("_", " ").capitalize()), nodes.container("", *tables))
     if all(isinstance(value, dict) for value in found.values()):
         shifts = list(dict.fromkeys(shift for table in found.values() for shift in table))
-        column = "{} BN" if wording.is_accuracy(group) else "{}"
+        column = "{} BN" if group in BY_BRANCH else "{}"
         head = [group.replace("_", " "), *(column.format(branch).replace("_", " ") for branch in found)]
         rows = [
-            [shift, *(cell(runs, f"{group}/{branch}/{shift}") if shift in table else "" for branch, table in found.items())]
+            [
+                shift,
+                *(cell(runs, f"{group}/{branch}/{shift}") if shift in table else "" for branch, table in found.items()),
+            ]
             for shift in shifts
         ]
         return table_of(head, rows)
     return table_of([group, "measured"], [[name, cell(runs, f"{group}/{name}")] for name in found])
+
+
+def depth(found: object) -> int:
+    """How many keys lead to a number, at most."""
+    return 1 + max(map(depth, found.values()), default=0) if isinstance(found, dict) else 0
+
+
+def by_names(found: dict) -> dict[tuple[str, ...], list[str]]:
+    """Paths to the innermost tables, by the names that these have: each makes one table, with a row for each path."""
+    grouped: dict[tuple[str, ...], list[str]] = {}
+
+    def walk(table: dict, path: str) -> None:
+        numbers = tuple(name for name, value in table.items() if not isinstance(value, dict))
+        if numbers:
+            grouped.setdefault(numbers, []).append(path)
+        for name, value in table.items():
+            if isinstance(value, dict):
+                walk(value, f"{path}/{name}".removeprefix("/"))
+
+    walk(found, "")
+    return grouped
+
+
+def nested_table(runs: list, group: str, paths: list[str], names: tuple[str, ...]) -> nodes.table:
+    rows = [
+        [
+            path.replace("/", ", ").replace("_", " "),
+            *(cell(runs, "/".join(filter(None, (group, path, name)))) for name in names),
+        ]
+        for path in paths
+    ]
+    return table_of([group.replace("_", " "), *(name.replace("_", " ") for name in names)], rows)
 
 
 def cell(runs: list, metric: str) -> str:
