@@ -1,4 +1,4 @@
-"""The command line: ``python -m advbn_lib list | run | show | report | export-advbn``."""
+"""The command line: ``python -m advbn_lib list | run | show | report | export-advbn | assignments | grade``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from advbn_lib.checkpoints import CheckpointError
 from advbn_lib.data.images import DataError
 from advbn_lib.data.sets import load_images
 from advbn_lib.experiments import EXPERIMENTS
+from advbn_lib.grading.cli import add_commands
 from advbn_lib.measurements import DECODERS, MEASUREMENTS, Job, run_measurement
 from advbn_lib.presets import PRESETS
 from advbn_lib.running import Run, choose_device, is_current, prepare, run, start_network, train_method
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="results over seeds, with 95 %% intervals")
     report.add_argument("--preset", default="cpu", choices=list(PRESETS))
     report.set_defaults(command=_report)
+    add_commands(commands)
     return parser
 
 
