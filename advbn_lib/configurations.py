@@ -247,6 +247,12 @@ class FusedWeights(FusedEnds):
 
     trains: ClassVar[type[Method]] = AFA
 
+    supervision: float = 0.0
+
+    def build(self, model: nn.Module, images: ImageSet) -> Method:
+        fusion = Fusion(self.mix, self.weights, self.moments)
+        return AFA(model, self.attack(images), self.eps, fusion, self.supervision)
+
 
 @dataclass(frozen=True)
 class FusedTogether(FusedEnds):

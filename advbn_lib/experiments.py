@@ -126,6 +126,7 @@ ATTACKED = (
             ("afa_network", "end_points", "AFA with one weight for the whole network, predicted at its first layer", FusedWeights(weights="network")),
             ("afa_parameters", "end_points", "AFA that interpolates the sets' parameters, not their outputs", FusedWeights(mix="parameters")),
             ("afa_moments", "end_points", "AFA whose predictor also sees standard deviations", FusedWeights(moments=True)),
+            ("afa_supervised", "end_points", "AFA whose weights are told the strength in training: can it be read from the features?", FusedWeights(supervision=1.0)),
             ("afa_statistics", "end_points_statistics", "AFA between sets that differ in their statistics alone", FusedWeights(mix="statistics")),
             ("afa_affine", "end_points_affine", "AFA between sets that differ in scale and offset alone", FusedWeights(mix="affine")),
         )

@@ -145,7 +145,7 @@ class FusedBatchNorm(DualBatchNorm):
             return chosen(x) if chosen.training or self._fuses_outputs else self._normalise(x, *_parameters(chosen))
         weights = self.fusing_weights(x)
         if self.listener is not None:
-            self.listener(weights.detach())
+            self.listener(weights)
         weights = weights.view(-1, 1, 1, 1)
         if self._fuses_outputs:
             # lerp returns its first or second argument exactly where the weight is 0 or 1.
@@ -313,13 +313,17 @@ def force_weights(model: nn.Module, weights: float | Tensor | Mapping[str, Tenso
 
 
 @contextmanager
-def recorded_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Inside the block, the dict holds each layer's weights (N,) of the latest forward pass that fused: detached, by name."""
+def recorded_weights(model: nn.Module, graph: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Inside the block, the dict holds each layer's weights (N,) of the latest forward pass that fused, by name.
+
+    Args:
+        graph: keep their graph, so that a loss can be put on them; else they are detached.
+    """
     layers, seen = fused_layers(model), {}
     before = [layer.listener for layer in layers.values()]
     try:
         for name, layer in layers.items():
-            layer.listener = partial(seen.__setitem__, name)
+            layer.listener = partial(_record, seen, name, graph)
         yield seen
     finally:
         for layer, old in zip(layers.values(), before):
@@ -346,6 +350,10 @@ def _checked(weights: float | Tensor) -> Tensor:
             f"a fusing weight is from 0 (clean) to 1 (adversarial), one for all or one for each sample (N,); got {weights}"
         )
     return weights
+
+
+def _record(seen: dict[str, Tensor], name: str, graph: bool, weights: Tensor) -> None:
+    seen[name] = weights if graph else weights.detach()
 
 
 def _forget_weights(model: nn.Module, *_: object) -> None:

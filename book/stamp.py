@@ -3,8 +3,9 @@
     python book/stamp.py https://github.com/OWNER/REPO [--branch gh-pages]
 
 The address stands in ``_config.yml`` and, because Colab sees nothing but the
-notebook, in each notebook's first code cell. ``--branch`` says from which
-branch the Colab buttons take the notebooks.
+notebook, in each notebook's first code cell; so it does in the assignments,
+their sources and both editions. ``--branch`` says from which branch the Colab
+buttons take the notebooks.
 """
 
 from __future__ import annotations
@@ -27,6 +28,17 @@ class StampError(Exception):
 def current_address(root: Path) -> str:
     """The address in ``_config.yml``."""
     return yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
+
+
+def installing(root: Path) -> list[Path]:
+    """What installs the library from the address: the chapters, and the assignments with their sources."""
+    patterns = (
+        "notebooks/*.ipynb",
+        "assignments/source/*.py",
+        "assignments/student/*.ipynb",
+        "assignments/instructor/*.ipynb",
+    )
+    return sorted(file for pattern in patterns for file in root.glob(pattern))
 
 
 def replaced(path: Path, text: str, old: str, new: str) -> str:
@@ -52,8 +64,8 @@ def stamp(root: Path, address: str, branch: str | None = None) -> None:
     edited = {config: replaced(config, text, f"url: {old}\n", f"url: {address}\n")}
     if branch:
         edited[config] = replaced(config, edited[config], f"branch: {repository['branch']}\n", f"branch: {branch}\n")
-    for notebook in sorted((root / "notebooks").glob("*.ipynb")):
-        edited[notebook] = replaced(notebook, notebook.read_bytes().decode("utf-8"), f"git+{old}", f"git+{address}")
+    for file in installing(root):
+        edited[file] = replaced(file, file.read_bytes().decode("utf-8"), f"git+{old}", f"git+{address}")
     for path, content in edited.items():
         path.write_bytes(content.encode("utf-8"))
 

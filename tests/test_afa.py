@@ -173,6 +173,38 @@ def test_strengths_are_the_whole_numbers_to_eps_each_as_likely():
     assert values.tolist() == list(range(9)) and (counts - 1000).abs().max() < 5 * 1000**0.5
 
 
+def test_weights_that_are_told_the_strength_follow_it():
+    """Images on which it can be seen: strength 8 makes them brighter, and the attack does nothing more."""
+    images = torch.full((16, 3, 16, 16), 0.5) + 0.01 * torch.rand(16, 3, 16, 16)
+    strengths = torch.arange(16.0) % 9
+    method = made(AFA, supervision=1.0)
+    method.perturb = lambda x, labels, strengths: x + strengths.view(-1, 1, 1, 1) / 8
+    labels = torch.zeros(16, dtype=torch.int64)
+    optimizer = torch.optim.Adam(method.trainable_parameters(), 0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        method.loss(images, labels, strengths).backward()
+        optimizer.step()
+    with recorded_weights(method.model) as weights:
+        method.eval().predict(method.perturb(images, labels, strengths))
+    follow = torch.stack(list(weights.values())).mean(0)
+    assert torch.corrcoef(torch.stack([follow, strengths]))[0, 1] > 0.9
+
+
+def test_supervision_adds_the_distance_from_the_strength():
+    method, (x, y), strengths = made(AFA, FIXED), sample(), torch.arange(8.0)
+    untold = method.loss(x, y, strengths)
+    method.supervision = 0.5
+    told = method.loss(x, y, strengths)
+    with recorded_weights(method.model) as weights, evaluating(method.model):
+        method.predict(method.perturb(x, y, strengths=strengths))
+    right = strengths / 8
+    expected = [-(right * w.log() + (1 - right) * (1 - w).log()).mean() for w in weights.values()]
+    torch.testing.assert_close(told - untold, 0.5 * sum(expected) / len(expected))
+    with pytest.raises(ValueError, match="0 or more"):
+        made(AFA, supervision=-1.0)
+
+
 @pytest.mark.parametrize(("useless", "right"), [("adversarial", 0.0), ("clean", 1.0)])
 def test_the_predictors_learn_which_end_point_is_right(useless, right):
     """One layer's set is spoilt: its weight must go to the other. Where the sets are the same nothing draws the weight."""

@@ -397,6 +397,7 @@ def layout(tmp_path, monkeypatch):
     tmp_path.joinpath("constraints.txt").touch()
     tmp_path.joinpath("_config.yml").write_text("title: A book\n")
     tmp_path.joinpath("book/intro.md").write_text("# Intro\n")
+    tmp_path.joinpath("book/claims.yml").write_text("[]\n")
     tmp_path.joinpath("advbn_lib/code.py").write_text("one = 1\n")
     tmp_path.joinpath("records/advbn/cpu-s0.json").write_text("{}")
     tmp_path.joinpath("notebooks/01_first.ipynb").write_text(
@@ -418,7 +419,10 @@ def test_notebooks_run_again_only_when_an_input_changes(layout):
     second = output_of(build.run_notebooks(layout, "smoke"))
     assert second != first
     layout.root.joinpath("advbn_lib/code.py").write_text("one = 2\n")
-    assert output_of(build.run_notebooks(layout, "smoke")) != second
+    third = output_of(build.run_notebooks(layout, "smoke"))
+    assert third != second
+    layout.root.joinpath("book/claims.yml").write_text("[{}]\n")
+    assert output_of(build.run_notebooks(layout, "smoke")) != third
     assert output_of(build.run_notebooks(layout, "cpu")).startswith("cpu ")
 
 

@@ -64,6 +64,17 @@ def test_the_experiments_are_those_of_the_book():
     assert tuple(EXPERIMENTS)[: len(NAMES)] == NAMES and {"smoke", "cpu", "gpu"} <= set(PRESETS)
 
 
+def branches_of(experiment) -> set[str]:
+    """The BatchNorm sets that a test should go through, by the kind of method."""
+    kind, two = type(experiment.method).__name__, {"clean", "adversarial"}
+    if kind.startswith("Fused"):
+        return two if kind == "FusedEnds" else two | {"fused"}
+    if kind in ("Clean", "Augmented") or experiment.stage != "fine_tuning":
+        return {"clean"}
+    # The configurations say either when it is not as in the paper.
+    return two if getattr(experiment.method, "dual_bn", True) and experiment.method.layer != "layer3" else {"clean"}
+
+
 # advbn_layer3 is right to warn: above the last stage there is no BatchNorm to double.
 @pytest.mark.filterwarnings("ignore:CifarResNet has no BatchNorm above 'layer3'")
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -71,17 +82,8 @@ def test_every_experiment_runs_and_its_record_says_all(small, experiment):
     job = small(experiment)
     record = running.run(job)
     assert records.read(records.path_of(experiment, "smoke", 0, job.records_folder)) == record
-    one_set = ("Clean", "Augmented")
-    config, from_scratch = EXPERIMENTS[experiment].method, EXPERIMENTS[experiment].stage != "fine_tuning"
-    single = (
-        type(config).__name__ in one_set
-        or from_scratch
-        or not getattr(config, "dual_bn", True)
-        or config.layer == "layer3"
-    )
-    branches = {"clean"} if single else {"clean", "adversarial"}
     assert {branch: list(table) for branch, table in record.metrics["accuracy"].items()} == {
-        branch: ["clean", "contrast-3"] for branch in branches
+        branch: ["clean", "contrast-3"] for branch in branches_of(EXPERIMENTS[experiment])
     }
     epochs = {"none": 0, "pretraining": 2, "fine_tuning": 1}[EXPERIMENTS[experiment].stage]
     assert len(record.curves["clean_loss"]) == len(record.curves["adversarial_loss"]) == epochs
@@ -152,7 +154,7 @@ def test_another_configuration_code_data_or_start_is_another_run(small, training
     elif what == "data":
         monkeypatch.setattr(running, "load_images", lambda name, split: tiny_images(50, seed=7, name=f"tiny/{split}"))
     else:
-        monkeypatch.setattr(running, "_pretrained", lambda job: running.new_network("resnet8").state_dict())
+        monkeypatch.setattr(running, "_network_of", lambda job, name: running.new_network("resnet8"))
     second = running.run(small("clean_finetuning"))
     assert trainings.count("CleanFineTuning") == 2 and second.key != first.key
     assert records.read(records.path_of("clean_finetuning", "smoke", 0, small("advbn").records_folder)) == second

@@ -159,18 +159,19 @@ def test_workflows_use_the_two_commands(name):
 
 
 def test_address_stands_in_one_place():
-    """In _config.yml and, because Colab sees nothing else, in the notebooks' first code cell."""
+    """In _config.yml and, because Colab sees nothing else, in the first code cell of chapters and assignments."""
     address = stamp.current_address(ROOT)
     holders = {
         file.relative_to(ROOT).as_posix() for file in text_files() if address in file.read_text(encoding="utf-8")
     }
-    notebooks = {file.relative_to(ROOT).as_posix() for file in (ROOT / "notebooks").glob("*.ipynb")}
-    assert notebooks and holders == {"_config.yml"} | notebooks
+    installing = {file.relative_to(ROOT).as_posix() for file in stamp.installing(ROOT)}
+    assert {name.split("/")[0] for name in installing} == {"notebooks", "assignments"}
+    assert holders == {"_config.yml"} | installing
 
 
 def test_notebooks_install_from_the_address_once():
     address = stamp.current_address(ROOT)
-    for file in (ROOT / "notebooks").glob("*.ipynb"):
+    for file in (file for file in stamp.installing(ROOT) if file.suffix == ".ipynb"):
         code = [
             "".join(cell["source"])
             for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]
@@ -185,6 +186,7 @@ def checkout(tmp_path):
     """The files that stamping may touch, in a folder of their own."""
     shutil.copy(ROOT / "_config.yml", tmp_path)
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    shutil.copytree(ROOT / "assignments", tmp_path / "assignments")
     return tmp_path
 
 
@@ -194,8 +196,8 @@ def test_stamp_changes_the_address_everywhere_and_back(checkout):
     stamp.stamp(checkout, "https://github.com/someone/a-fork.git", branch="gh-pages")
     config = yaml.safe_load((checkout / "_config.yml").read_text(encoding="utf-8"))
     assert config["repository"] == {"url": "https://github.com/someone/a-fork", "branch": "gh-pages"}
-    for notebook in (checkout / "notebooks").glob("*.ipynb"):
-        text = notebook.read_text(encoding="utf-8")
+    for file in stamp.installing(checkout):
+        text = file.read_text(encoding="utf-8")
         assert "git+https://github.com/someone/a-fork" in text and old not in text
     stamp.stamp(checkout, old, branch="main")
     assert before == {file: file.read_bytes() for file in before}

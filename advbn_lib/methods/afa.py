@@ -12,14 +12,15 @@ trained is not known to us, and there is no public code. Our choices, each with 
   predictor which strengths are in it.
 - Each sample's strength is drawn evenly from the whole numbers 0 to eps, in 1/255. 0 is among them, to guard clean accuracy.
 - The attack is on the whole fused model: its gradient goes through the predictors. Held fixed, the weights would hide it.
-- No loss says what the weight should be. The abstract has it learned automatically.
+- No loss says what the weight should be. The abstract has it learned automatically. As an ablation it can be told
+  (``supervision``): can the strength be read from the features at all?
 
 How two sets become one is in :mod:`advbn_lib.fused_bn`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from advbn_lib.attacks import PGD
 from advbn_lib.dual_bn import Branch, use_branch
-from advbn_lib.fused_bn import Fusion, fuse_batch_norms, predictor_parameters, use_fused
+from advbn_lib.fused_bn import Fusion, fuse_batch_norms, predictor_parameters, recorded_weights, use_fused
 from advbn_lib.methods.base import Losses, Method
 from advbn_lib.methods.pgd_training import UNIT, radius
 from advbn_lib.modes import evaluating
@@ -121,24 +122,33 @@ class AFA(FusedMethod):
 
     Args:
         model, attack, eps, fusion: see :class:`FusedMethod`; eps a whole number.
+        supervision: times :func:`distance_from_told`, added to the loss; 0: the weights are told nothing.
 
     Raises:
-        ValueError, TypeError: see :class:`FusedMethod`; eps is no whole number.
+        ValueError, TypeError: see :class:`FusedMethod`; eps is no whole number; supervision is negative.
     """
 
-    def __init__(self, model: nn.Module, attack: PGD, eps: float = 8.0, fusion: Fusion = Fusion()):
+    def __init__(
+        self, model: nn.Module, attack: PGD, eps: float = 8.0, fusion: Fusion = Fusion(), supervision: float = 0.0
+    ):
         _check_whole(eps)
+        if not supervision >= 0:
+            raise ValueError(f"supervision is a weight in the loss, 0 or more; got {supervision}")
         super().__init__(model, attack, eps, fusion)
+        self.supervision = supervision
 
     def forward(self, images: Tensor, labels: Tensor) -> Losses:
         loss = self.loss(images, labels, self.draw_strengths(images))
         return Losses(loss, loss)
 
     def loss(self, images: Tensor, labels: Tensor, strengths: Tensor) -> Tensor:
-        """Mean cross-entropy of the fused model on images attacked with these strengths (N,), in 1/255."""
+        """Mean cross-entropy of the fused model on images attacked with these strengths (N,), in 1/255, and what supervision adds."""
         frozen = _without(self.model.parameters(), predictor_parameters(self.model))
         with _without_gradients(frozen), evaluating(self.model):
-            return F.cross_entropy(self.predict(self.perturb(images, labels, strengths=strengths)), labels)
+            perturbed = self.perturb(images, labels, strengths=strengths)
+            with recorded_weights(self.model, graph=True) as weights:
+                loss = F.cross_entropy(self.predict(perturbed), labels)
+        return loss + self.supervision * distance_from_told(weights, strengths / self.eps) if self.supervision else loss
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return predictor_parameters(self.model)
@@ -146,6 +156,18 @@ class AFA(FusedMethod):
     @property
     def branches(self) -> tuple[str, ...]:
         return ("fused", "clean", "adversarial")
+
+
+def distance_from_told(weights: Mapping[str, Tensor], told: Tensor) -> Tensor:
+    """How far each layer's fusing weights (N,) are from what they should be (N,; 0 clean, 1 the strongest attack).
+
+    The mean cross-entropy over layers and samples. It is least, but not 0, where a weight is the mean of ``told`` given what its
+    predictor sees.
+    """
+    predicted = (
+        torch.stack(list(weights.values())).float().clamp(1e-6, 1 - 1e-6)
+    )  # in half precision a sigmoid may round to 1
+    return -(told * predicted.log() + (1 - told) * (1 - predicted).log()).mean()
 
 
 class JointAFA(EndPoints):
