@@ -8,16 +8,19 @@ READY := $(VENV)/.ready
 PRESET ?=
 # The Python to make .venv with, if the one found by itself is not the one you want.
 PYTHON ?=
-# More words for pytest, for example: make test ARGS="-k records -x"
+# More words for pytest or for the workflow: make test ARGS="-k records -x", make reproduce ARGS=--dry-run
 ARGS ?=
+# Runs side by side in `make reproduce`, each with one thread.
+JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test install lock clean
+.PHONY: help book test reproduce install lock clean
 
 help:
 	@echo "make book            build the book into _build/html (installs into .venv the first time)"
 	@echo "make book PRESET=P   the same with the preset P: smoke, cpu or gpu"
 	@echo "make test            run all tests"
+	@echo "make reproduce PRESET=P JOBS=N   run what has no record yet, N runs side by side, and build the book; ARGS=--dry-run: only say what"
 	@echo "make install         only make .venv"
 	@echo "make lock            renew constraints.txt and environment.yml (needs uv)"
 	@echo "make clean           delete what was built; .venv, data and runs stay"
@@ -27,6 +30,12 @@ book: $(READY)
 
 test: $(READY)
 	@$(PY) -m pytest $(ARGS)
+
+# The lock would stay after a kill, and what is written is written in one step.
+reproduce: $(READY)
+	@$(PY) -m advbn_lib plan --preset $(or $(PRESET),cpu)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m snakemake -s workflow/Snakefile --directory . --cores $(JOBS) --nolock \
+	  --rerun-incomplete --keep-going --quiet rules $(ARGS) --config preset=$(or $(PRESET),cpu)
 
 install: $(READY)
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m advbn_lib list | run | show | report | export-advbn | assignments | grade``."""
+"""The command line: ``python -m advbn_lib list | run | show | report | claims | plan | export-advbn | assignments | grade``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import torch
 from advbn_lib import records
 from advbn_lib.adversarial_images import ExportConfig, export
 from advbn_lib.checkpoints import CheckpointError
+from advbn_lib.claims import claims_file, decide, read_claims, sentence
 from advbn_lib.data.images import DataError
 from advbn_lib.data.sets import load_images
 from advbn_lib.experiments import EXPERIMENTS
 from advbn_lib.grading.cli import add_commands
 from advbn_lib.measurements import DECODERS, MEASUREMENTS, Job, run_measurement
+from advbn_lib.plan import SCALES, SEEDS, costs, missing, planned
 from advbn_lib.presets import PRESETS
 from advbn_lib.running import Run, choose_device, is_current, prepare, run, start_network, train_method
 
@@ -86,6 +88,16 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="results over seeds, with 95 %% intervals")
     report.add_argument("--preset", default="cpu", choices=list(PRESETS))
     report.set_defaults(command=_report)
+
+    claims = commands.add_parser("claims", help="what the papers claim, and the verdicts of the records")
+    claims.add_argument("--preset", help="only what is decided at this preset (default: at all of them)")
+    claims.add_argument("--file", type=Path, help="the ledger (default: the checkout's book/claims.yml)")
+    claims.set_defaults(command=_claims)
+
+    planning = commands.add_parser("plan", help="the runs that the book lacks, and what they will cost")
+    planning.add_argument("--preset", default="cpu", choices=list(SCALES), help="the scale (default: cpu)")
+    planning.add_argument("--seed", type=int, nargs="+", default=list(SEEDS), help="default: 0 1 2")
+    planning.set_defaults(command=_plan)
     add_commands(commands)
     return parser
 
@@ -170,6 +182,34 @@ def _report(options: argparse.Namespace) -> None:
         if found:
             seeds = "seed" if len(found) == 1 else "seeds"
             print(f"{name} ({options.preset}, n = {len(found)} {seeds})\n{_rows(found)}")
+
+
+def _claims(options: argparse.Namespace) -> None:
+    if options.preset and options.preset not in PRESETS:
+        raise ValueError(f"no preset {options.preset!r}; there are {', '.join(PRESETS)}")
+    for claim in read_claims(options.file or claims_file()):
+        presets = [preset for preset in claim.presets if options.preset in (None, preset)]
+        if presets:
+            print(f"{claim.id} ({claim.paper}): {claim.says}")
+        for preset in presets:
+            print(f"    {preset}: {sentence(decide(claim, preset, options.records))}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    everything = planned(options.preset, options.seed)
+    lacking = missing(everything, options.records)
+    print(f"{options.preset}: {len(everything)} runs, {len(lacking)} without a record")
+    for name, preset in dict.fromkeys((one.experiment, one.preset) for one in lacking):
+        seeds = [str(one.seed) for one in lacking if (one.experiment, one.preset) == (name, preset)]
+        print(f"    {name} ({preset}): {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}")
+    estimates = costs(lacking, options.records)
+    if lacking and not estimates:
+        print("What they will cost is not known: no run of their kind has a record.")
+    for cost in estimates:
+        unknown = f", and {cost.unknown} runs that no record of this machine tells about" if cost.unknown else ""
+        print(f"about {cost.hours:.1f} hours one after the other ({cost.machine}){unknown}")
+    if lacking:
+        print("Trainings whose weights are gone come on top: a test needs them, and trains anew what is not in runs/.")
 
 
 def _rows(found: list[records.Record]) -> str:

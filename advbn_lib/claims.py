@@ -51,6 +51,20 @@ class Finding:
     effect: Estimate | None
 
 
+def claims_file() -> Path:
+    """The ledger of the checkout that the library is in.
+
+    Raises:
+        FileNotFoundError: the library is installed without one.
+    """
+    path = Path(__file__).resolve().parent.parent / "book" / "claims.yml"
+    if not path.is_file():
+        raise FileNotFoundError(
+            "the claims are in book/claims.yml of a checkout, and this is none: clone the repository"
+        )
+    return path
+
+
 def read_claims(path: Path) -> list[Claim]:
     """The claims in a ledger file.
 
@@ -88,3 +102,12 @@ def decide(claim: Claim, preset: str, folder: Path | None = None) -> Finding:
     else:  # also for one seed, whose interval is NaN
         verdict = "undecided at this scale"
     return Finding(claim, preset, verdict, effect)
+
+
+def sentence(finding: Finding) -> str:
+    """E.g. ``"undecided at this scale: 0.004, 95 % interval -0.004 to 0.011, n = 3; the limit is 0"``, as plain text."""
+    effect = finding.effect
+    if effect is None:
+        return finding.verdict
+    interval = f", 95 % interval {effect.low:.3g} to {effect.high:.3g}" if effect.n > 1 else ""
+    return f"{finding.verdict}: {effect.mean:.3g}{interval}, n = {effect.n}; the limit is {finding.claim.above:g}"

@@ -1,0 +1,151 @@
+"""The runs behind the book, at each scale: which there are, which are missing, and what those will cost.
+
+``workflow/Snakefile`` runs what is missing; ``python -m advbn_lib plan`` says beforehand how long it takes, from the records of
+runs that were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from advbn_lib import records
+from advbn_lib.attack_measurements import CHECKED, OF_STATISTICS
+from advbn_lib.experiments import ABLATIONS, ATTACKED, EXPERIMENTS, FROM_SCRATCH, HEADLINE
+from advbn_lib.presets import PRESETS
+
+SEEDS = (0, 1, 2)
+_BENCHES = tuple(
+    f"{task}_{method}" for task in ("detection", "segmentation") for method in ("plain", "afan", "noise", "extra_forwards")
+)  # fmt: skip
+_ATTACKED = ("pretrain", *(experiment.name for experiment in ATTACKED))
+_ATTACK_MEASUREMENTS = ("strength_statistics", "masking_checks", "attack_agreement")
+_HEADLINE = tuple(experiment.name for experiment in HEADLINE if experiment.name != "pretrain")
+_ABLATIONS = (
+    "untouched", "clean_finetuning", "random_statistics", "advbn", "advbn_eps05",
+    *(experiment.name for experiment in ABLATIONS),
+)  # fmt: skip
+_CONTROLLED = ("untouched", "clean_finetuning", "random_statistics", "advbn")
+_FROM_SCRATCH = ("pretrain", *(experiment.name for experiment in FROM_SCRATCH), "step_cost")
+
+# What is run at each scale: preset, and the names of experiments and measurements.
+SCALES: dict[str, dict[str, tuple[str, ...]]] = {
+    "smoke": {"smoke": _CONTROLLED, "smoke_attack": ("pretrain", "end_points", "afa")},
+    "cpu": {
+        "cpu": (*_HEADLINE, "appearance", "loader_speed", *_BENCHES),
+        "cpu_ablation": _ABLATIONS,
+        "cpu_fresh": _CONTROLLED,
+        "cpu_pacs": _CONTROLLED,
+        "cpu_scratch": _FROM_SCRATCH,
+        "cpu_attack": (*_ATTACKED, *_ATTACK_MEASUREMENTS),
+    },
+    "gpu": {
+        "gpu": (*_HEADLINE, "appearance"),
+        "gpu_scratch": _FROM_SCRATCH,
+        "gpu_attack": (*_ATTACKED, *_ATTACK_MEASUREMENTS),
+    },
+}
+# Run once: at cpu scale the published weights are tested, and no seed is in it.
+_ONE_SEED = {("untouched", "cpu")}
+_TRAINED_BY_OTHERS = {
+    "strength_statistics": OF_STATISTICS, "masking_checks": CHECKED, "attack_agreement": CHECKED, "appearance": ("pretrain",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that the book is built on: ``experiment`` may be a measurement."""
+
+    experiment: str
+    preset: str
+    seed: int
+
+    @property
+    def begins_with(self) -> tuple[Planned, ...]:
+        """The trainings whose weights it needs. Each must be over before it starts: two runs that train one would do it twice."""
+        size, names = PRESETS[self.preset], ()
+        if self.experiment in EXPERIMENTS:
+            experiment = EXPERIMENTS[self.experiment]
+            start = size.pretraining_start if experiment.stage == "pretraining" else size.start
+            names = (experiment.after,) if experiment.after else ("pretrain",) if start == "pretrain" else ()
+        elif self.experiment in _TRAINED_BY_OTHERS:
+            names = _TRAINED_BY_OTHERS[self.experiment]
+            names = names if self.experiment != "appearance" or size.start == "pretrain" else ()
+        return tuple(Planned(name, self.preset, self.seed) for name in names)
+
+    def record(self, folder: Path | None = None) -> Path:
+        """Where its record is, or will be."""
+        return records.path_of(self.experiment, self.preset, self.seed, folder)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What runs will cost on one kind of machine.
+
+    Attributes:
+        machine: as records name it, with the threads a run had.
+        hours: one run after the other. unknown: how many runs no record tells about.
+    """
+
+    machine: str
+    hours: float
+    unknown: int
+
+
+def planned(scale: str, seeds: Iterable[int] = SEEDS) -> list[Planned]:
+    """All runs of a scale.
+
+    Raises:
+        ValueError: there is no such scale, or a preset on its own was named.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
+    wanted = list(seeds)
+    return [
+        Planned(name, preset, seed)
+        for preset, names in SCALES[scale].items()
+        for name in names
+        for seed in (wanted[:1] if (name, preset) in _ONE_SEED else wanted)
+    ]
+
+
+def missing(runs: Iterable[Planned], folder: Path | None = None) -> list[Planned]:
+    """Those that have no record. A record that is damaged is an error, and not missing.
+
+    Raises:
+        RecordError: see :func:`advbn_lib.records.read`.
+    """
+    lacking = []
+    for run in runs:
+        if run.record(folder).exists():
+            records.read(run.record(folder))
+        else:
+            lacking.append(run)
+    return lacking
+
+
+def past_hours(folder: Path | None = None) -> dict[str, dict[tuple[str, str], float]]:
+    """What runs took: mean hours by kind of machine and by (experiment, preset)."""
+    known: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for record in records.load_all(folder):
+        times = known.setdefault(machine(record), {})
+        times.setdefault((record.experiment, record.preset), []).append(record.metric("cost/wall_seconds") / 3600)
+    return {name: {pair: fmean(hours) for pair, hours in times.items()} for name, times in known.items()}
+
+
+def costs(runs: Iterable[Planned], folder: Path | None = None) -> list[Cost]:
+    """What the runs will cost, by kind of machine, the best known first; from the records of the same experiment and preset."""
+    wanted, found = [(run.experiment, run.preset) for run in runs], []
+    for name, hours in past_hours(folder).items():
+        told = [hours[pair] for pair in wanted if pair in hours]
+        if told:
+            found.append(Cost(name, sum(told), len(wanted) - len(told)))
+    return sorted(found, key=lambda cost: (cost.unknown, cost.hours))
+
+
+def machine(record: records.Record) -> str:
+    """E.g. ``"AMD EPYC, 1 thread"``."""
+    threads = record.hardware["threads"]
+    return record.hardware["gpu"] or f"{record.hardware['cpu']}, {threads} thread{'s' * (threads != 1)}"
