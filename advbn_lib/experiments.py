@@ -25,7 +25,7 @@ from advbn_lib.configurations import (
     Unchanged,
     UnchangedFeatureMaps,
 )  # fmt: skip
-from advbn_lib.presets import PRESETS, AttackPreset, Preset
+from advbn_lib.presets import PRESETS, ArenaPreset, AttackPreset, Preset
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,18 @@ ATTACKED = (
     ),
 )  # fmt: skip
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (*HEADLINE, *ABLATIONS, *FROM_SCRATCH, *ATTACKED)}
+# Whole networks trained on, for the comparison of all methods; what trains above a cut is in HEADLINE and ABLATIONS.
+TRAINED_ON = (
+    Experiment("plain_finetuning", "control: the whole network trained on, on clean images", Plain()),
+    Experiment("pgd_finetuning", "the whole network trained on by PGD training at 8/255", Attacked()),
+    Experiment("afan_finetuning", "the whole network trained on by A-FAN", AdversarialFeatureMaps()),
+    Experiment("end_points_finetuning", "the whole network trained on by AFA's first stage", FusedEnds()),
+    Experiment("afa_finetuning", "AFA's second stage after that", FusedWeights(), after="end_points_finetuning"),
+)
+
+EXPERIMENTS = {
+    experiment.name: experiment for experiment in (*HEADLINE, *ABLATIONS, *FROM_SCRATCH, *ATTACKED, *TRAINED_ON)
+}
 
 
 def find(experiment: str, preset: str) -> tuple[Experiment, Preset]:
@@ -156,4 +167,6 @@ def find(experiment: str, preset: str) -> tuple[Experiment, Preset]:
         found = replace(found, method=replace(found.method, steps=size.attack_steps))
         if found.after:  # fixed weights between the same sets were tested with the experiment that it starts from
             size = replace(size, attacked=replace(size.attacked, fixed_weights=()))
+    if isinstance(size, ArenaPreset):
+        size = replace(size, fine_tuning=size.schedule_of(experiment), epochs=())
     return found, size

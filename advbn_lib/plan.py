@@ -13,7 +13,7 @@ from statistics import fmean
 
 from advbn_lib import records
 from advbn_lib.attack_measurements import CHECKED, OF_STATISTICS
-from advbn_lib.experiments import ABLATIONS, ATTACKED, EXPERIMENTS, FROM_SCRATCH, HEADLINE
+from advbn_lib.experiments import ABLATIONS, ATTACKED, EXPERIMENTS, FROM_SCRATCH, HEADLINE, TRAINED_ON
 from advbn_lib.presets import PRESETS
 
 SEEDS = (0, 1, 2)
@@ -28,6 +28,9 @@ _ABLATIONS = (
     *(experiment.name for experiment in ABLATIONS),
 )  # fmt: skip
 _CONTROLLED = ("untouched", "clean_finetuning", "random_statistics", "advbn")
+_ARENA = (
+    *_CONTROLLED, "advbn_augmix", "augmix", "random_per_image", *(experiment.name for experiment in TRAINED_ON),
+)  # fmt: skip
 _FROM_SCRATCH = ("pretrain", *(experiment.name for experiment in FROM_SCRATCH), "step_cost")
 
 # What is run at each scale: preset, and the names of experiments and measurements.
@@ -40,11 +43,13 @@ SCALES: dict[str, dict[str, tuple[str, ...]]] = {
         "cpu_pacs": _CONTROLLED,
         "cpu_scratch": _FROM_SCRATCH,
         "cpu_attack": (*_ATTACKED, *_ATTACK_MEASUREMENTS),
+        "cpu_arena": _ARENA,
     },
     "gpu": {
         "gpu": (*_HEADLINE, "appearance"),
         "gpu_scratch": _FROM_SCRATCH,
         "gpu_attack": (*_ATTACKED, *_ATTACK_MEASUREMENTS),
+        "gpu_arena": _ARENA,
     },
 }
 # Run once: at cpu scale the published weights are tested, and no seed is in it.

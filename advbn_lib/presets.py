@@ -10,6 +10,7 @@ import torch
 
 from advbn_lib.data.shifts import CORRUPTIONS, STYLES, WITHOUT_SEVERITY
 from advbn_lib.robustness import StrengthTest
+from advbn_lib.side_by_side import Beside
 from advbn_lib.training import Schedule
 
 
@@ -65,6 +66,25 @@ class AttackPreset(Preset):
 
     attack_steps: int = 7
     attacked: StrengthTest = StrengthTest()
+
+
+@dataclass(frozen=True)
+class ArenaPreset(AttackPreset):
+    """A size at which all methods are compared: each trains the same network on for as many epochs, or for as much time.
+
+    Attributes:
+        beside: what is measured there and nowhere else.
+        epochs: of experiments that train longer or shorter than ``fine_tuning`` says, by name; its milestones move along.
+    """
+
+    beside: Beside = Beside()
+    epochs: tuple[tuple[str, int], ...] = ()
+
+    def schedule_of(self, experiment: str) -> Schedule:
+        """Its fine-tuning, as long as ``epochs`` says."""
+        long = dict(self.epochs).get(experiment, self.fine_tuning.epochs)
+        moved = tuple(round(long * milestone / self.fine_tuning.epochs) for milestone in self.fine_tuning.milestones)
+        return dataclasses.replace(self.fine_tuning, epochs=long, milestones=moved)
 
 
 def shifts_at(severities: tuple[int, ...], names: tuple[str, ...] = (*CORRUPTIONS, *STYLES)) -> tuple[str, ...]:
@@ -166,6 +186,37 @@ PRESETS |= {
         pretraining=Schedule(epochs=30, batch_size=128, lr=0.1, milestones=(20, 27), warmup=1, weight_decay=5e-4),
         fine_tuning=Schedule(epochs=3, batch_size=128, lr=0.1, milestones=(2,)),
         shifts=("clean",), attack_steps=7, attacked=StrengthTest(images=10_000),
+    ),
+}  # fmt: skip
+# All methods side by side: each goes on from the same network, on images that it has not seen.
+PRESETS |= {
+    "smoke_arena": ArenaPreset(
+        "scikit-learn's digits and a tiny network, all methods: to see that everything runs",
+        "digits", "resnet8", "pretrain", precision="float32",
+        pretraining=Schedule(epochs=4, batch_size=32, lr=0.1, milestones=(3,)), pretraining_images=640,
+        fine_tuning=Schedule(epochs=1, batch_size=64, lr=0.02), train_images=640, shifts=("clean", "contrast-3", "grey"),
+        attack_steps=2, attacked=StrengthTest(strengths=(0, 2, 8), steps=3, images=64, cross_strengths=(8,)),
+        beside=Beside(apgd_images=32, apgd_steps=4),
+    ),
+    "cpu_arena": ArenaPreset(
+        "CIFAR-10, ResNet-20 trained here for 4 epochs on 20,000 images, then trained on by each method for 3 epochs on 10,000 that "
+        "it has not seen; severities 1, 3 and 5 are tested on a third each of the first 2,000 test images, attacks on the first 500",
+        "cifar10", "resnet20", "pretrain",
+        pretraining=Schedule(epochs=4, batch_size=128, lr=0.1, milestones=(2, 3), warmup=0.5, weight_decay=5e-4),
+        pretraining_images=20_000,
+        fine_tuning=Schedule(epochs=3, batch_size=128, lr=0.02, milestones=(2,), weight_decay=5e-4),
+        train_images=10_000, first_train_image=20_000, test_images=2_000, shifts=SOME_SHIFTS, parts=3, attack_steps=3,
+        attacked=StrengthTest(strengths=(0, 2, 8), images=500, fixed_weights=(0.0, 1.0), cross_strengths=(8,)),
+    ),
+    "gpu_arena": ArenaPreset(
+        "CIFAR-10, ResNet-18 trained here for 15 epochs on 25,000 images, then trained on by each method for 5 epochs on the other "
+        "25,000; every severity of a shift is tested on another fifth of the 10,000 test images, attacks on the first 1,000",
+        "cifar10", "resnet18", "pretrain",
+        pretraining=Schedule(epochs=15, batch_size=128, lr=0.1, milestones=(9, 13), warmup=1, weight_decay=5e-4),
+        pretraining_images=25_000,
+        fine_tuning=Schedule(epochs=5, batch_size=128, lr=0.02, milestones=(3,), weight_decay=5e-4),
+        train_images=25_000, first_train_image=25_000, shifts=EVERY_SHIFT, parts=5, attack_steps=7,
+        attacked=StrengthTest(strengths=(0, 2, 8), cross_strengths=(8,)), beside=Beside(apgd_images=1_000, apgd_steps=100),
     ),
 }  # fmt: skip
 # A-FAN's training from scratch with other networks and data.

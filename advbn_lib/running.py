@@ -21,7 +21,7 @@ from advbn_lib.data.cifar10c import load_cifar10c, stored_checksum
 from advbn_lib.data.frost import frost_overlays
 from advbn_lib.data.images import DataError, ImageSet
 from advbn_lib.data.loader import DeviceLoader
-from advbn_lib.data.sets import load_images
+from advbn_lib.data.sets import DATA_SETS, load_images
 from advbn_lib.data.shifts import Shift, parse_shift
 from advbn_lib.evaluation import accuracies, family_means, shift_means
 from advbn_lib.experiments import Experiment, find
@@ -29,9 +29,10 @@ from advbn_lib.fused_bn import unfuse_batch_norms
 from advbn_lib.methods.base import Method
 from advbn_lib.models.cifar_resnet import CifarResNet, load_published_weights, resnet18_for_cifar
 from advbn_lib.models.efficientnet import efficientnet_b0_for_cifar
-from advbn_lib.presets import AttackPreset, Preset
+from advbn_lib.presets import ArenaPreset, AttackPreset, Preset
 from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, state_checksum, versions
 from advbn_lib.robustness import strength_test
+from advbn_lib.side_by_side import side_by_side
 from advbn_lib.training import History, Schedule, precision_on, train
 from advbn_lib.weights import published_weights
 
@@ -40,7 +41,8 @@ from advbn_lib.weights import published_weights
 # of data sets: a set's checksum says what was read.
 TRAINING_CODE = ("advbn_lib.training", "advbn_lib.data.loader", "advbn_lib.models.cifar_resnet", "advbn_lib.weights")
 TESTING_CODE = ("advbn_lib.evaluation",)
-UNFLIPPED = ("digits", "svhn")  # a mirrored digit is none, or another one
+# A mirrored digit is none, or another one.
+UNFLIPPED = ("digits", "svhn", "mnist", *(name for name in DATA_SETS if name.startswith("colour_mnist/")))
 FOR_CIFAR = {"resnet18": resnet18_for_cifar, "efficientnet_b0": efficientnet_b0_for_cifar}  # networks for 32x32 images
 
 
@@ -102,7 +104,8 @@ class Run:
         """Hash of the code that its numbers depend on."""
         elsewhere = ["advbn_lib.confusion"] if self.preset.elsewhere else []
         attacked = ["advbn_lib.robustness"] if isinstance(self.preset, AttackPreset) else []
-        return code_hash([*TRAINING_CODE, *TESTING_CODE, *elsewhere, *attacked, *self._method_code])
+        beside = ["advbn_lib.side_by_side"] if isinstance(self.preset, ArenaPreset) else []
+        return code_hash([*TRAINING_CODE, *TESTING_CODE, *elsewhere, *attacked, *beside, *self._method_code])
 
     @property
     def _method_code(self) -> tuple[str, ...]:
@@ -170,6 +173,8 @@ def run(job: Run, again: bool = False) -> records.Record:
     more = _test_elsewhere(trained.method, elsewhere, table, job.precision)
     if isinstance(job.preset, AttackPreset):
         more |= strength_test(trained.method, main, job.preset.attacked, job.show_progress)
+    if isinstance(job.preset, ArenaPreset):
+        more |= side_by_side(trained.method, main, job.preset.beside, job.precision)
     record = _record(job, trained, table, more, described, round(time.perf_counter() - started, 4))
     records.write(record, job.records_folder)
     return record
@@ -347,7 +352,9 @@ def _network_of(job: Run, name: str) -> nn.Module:
 def _train(job: Run, method: Method, train_set: ImageSet, key: str) -> History:
     if job.schedule is None:
         return History()
-    loader = DeviceLoader(train_set, job.schedule.batch_size, job.seed, job.device, flip=job.preset.data not in UNFLIPPED)
+    loader = DeviceLoader(
+        train_set, job.schedule.batch_size, job.seed, job.device, flip=job.preset.data not in UNFLIPPED
+    )
     return train(
         method,
         loader,
