@@ -231,7 +231,7 @@ def test_an_unknown_split_or_set_is_refused(packed):
     for load in (partial(load_cifar10, root=packed.parent), load_digits):
         with pytest.raises(ValueError, match="'train' or 'test', got 'val'"):
             load("val")
-    with pytest.raises(DataError, match="no data set 'imagenet'.*cifar10, cifar100, digits"):
+    with pytest.raises(DataError, match="no data set 'imagenet'.*cifar10, cifar100, colour_mnist"):
         load_images("imagenet", "test")
 
 
@@ -347,4 +347,10 @@ def test_the_published_network_reads_the_real_cifar10():
 
 def test_every_named_set_can_be_loaded_by_its_name():
     pacs = {f"pacs/{domain}" for domain in ("photo", "art_painting", "cartoon", "sketch")}
-    assert set(DATA_SETS) == {"cifar10", "cifar100", "digits", "svhn", "tiny_imagenet"} | pacs
+    levels = {
+        f"colour_mnist/{level}"
+        for level in ("0.005", "0.02", "0.025", "0.03", "0.035", "0.04", "0.045", "0.05", "unbiased")
+    }
+    assert (
+        set(DATA_SETS) == {"cifar10", "cifar100", "digits", "mnist", "smiles", "svhn", "tiny_imagenet"} | pacs | levels
+    )
