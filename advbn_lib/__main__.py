@@ -19,9 +19,12 @@ from advbn_lib.data.sets import load_images
 from advbn_lib.experiments import EXPERIMENTS
 from advbn_lib.grading.cli import add_commands
 from advbn_lib.measurements import DECODERS, MEASUREMENTS, Job, run_measurement
-from advbn_lib.plan import SCALES, SEEDS, costs, missing, planned
+from advbn_lib.plan import SCALES, costs, missing, planned
 from advbn_lib.presets import PRESETS
 from advbn_lib.running import Run, choose_device, is_current, prepare, run, start_network, train_method
+
+# Of presets: some sizes are of measurements alone.
+NAMES = list(dict.fromkeys([*PRESETS, *(preset for each in MEASUREMENTS.values() for preset in each.presets)]))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     running = commands.add_parser("run", help="run an experiment and write its record; resumes a run that was killed")
     running.add_argument("experiment", help=f"one of {', '.join([*EXPERIMENTS, *MEASUREMENTS])}")
-    running.add_argument("--preset", default="smoke", help=f"its size: {', '.join(PRESETS)} (default: smoke)")
+    running.add_argument("--preset", default="smoke", help=f"its size: {', '.join(NAMES)} (default: smoke)")
     running.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more (default: 0)")
     running.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     running.add_argument(
@@ -86,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     exporting.set_defaults(command=_export)
 
     report = commands.add_parser("report", help="results over seeds, with 95 %% intervals")
-    report.add_argument("--preset", default="cpu", choices=list(PRESETS))
+    report.add_argument("--preset", default="cpu", choices=NAMES)
     report.set_defaults(command=_report)
 
     claims = commands.add_parser("claims", help="what the papers claim, and the verdicts of the records")
@@ -96,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
     planning = commands.add_parser("plan", help="the runs that the book lacks, and what they will cost")
     planning.add_argument("--preset", default="cpu", choices=list(SCALES), help="the scale (default: cpu)")
-    planning.add_argument("--seed", type=int, nargs="+", default=list(SEEDS), help="default: 0 1 2")
+    planning.add_argument("--seed", type=int, nargs="+", help="default: as many as the book has, three or more")
     planning.set_defaults(command=_plan)
     add_commands(commands)
     return parser
@@ -185,8 +188,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _claims(options: argparse.Namespace) -> None:
-    if options.preset and options.preset not in PRESETS:
-        raise ValueError(f"no preset {options.preset!r}; there are {', '.join(PRESETS)}")
+    if options.preset and options.preset not in NAMES:
+        raise ValueError(f"no preset {options.preset!r}; there are {', '.join(NAMES)}")
     for claim in read_claims(options.file or claims_file()):
         presets = [preset for preset in claim.presets if options.preset in (None, preset)]
         if presets:

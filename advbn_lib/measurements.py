@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from advbn_lib import benchmarks, detection_bench, records, segmentation_bench, step_cost
+from advbn_lib import benchmarks, detection_bench, mixing_bench, records, segmentation_bench, step_cost
 from advbn_lib.appearance_study import StudyConfig, study
 from advbn_lib.attack_measurements import ATTACK_MEASUREMENTS
 from advbn_lib.data.loader import DeviceLoader
@@ -139,6 +139,27 @@ def _bench_measurement(task: str, method: str) -> Measurement:
     )  # fmt: skip
 
 
+# ---- mixing --------------------------------------------------------------------------------
+
+
+def _mixing_measurement(method: str) -> Measurement:
+    """``mixing_advmix`` and so on: Color-MNIST at each level of bias, by one of the methods."""
+    modules, name = ("advbn_lib.mixing_bench",), f"mixing_{method}"
+
+    def measure(job: Job) -> Outcome:
+        folder = job.runs_folder / name / f"{job.preset}-s{job.seed}"
+        bench = mixing_bench.BENCHES[job.preset]
+        ran = mixing_bench.run_mixing_bench(
+            bench, method, job.seed, job.device, code_hash(modules), folder, job.show_progress
+        )
+        return Outcome(ran.metrics, ran.curves, ran.cost, ran.data, ran.weights)
+
+    return Measurement(
+        name, f"Color-MNIST under bias: {mixing_bench.ABOUT[method]}", tuple(mixing_bench.BENCHES),
+        lambda preset: {"method": method, **asdict(mixing_bench.BENCHES[preset])}, modules, measure, group="mixing",
+    )  # fmt: skip
+
+
 # ---- all of them ---------------------------------------------------------------------------
 
 MEASUREMENTS = {
@@ -159,6 +180,7 @@ MEASUREMENTS = {
         ),
         *ATTACK_MEASUREMENTS,
         *(_bench_measurement(task, method) for task in BENCHES for method in METHODS),
+        *map(_mixing_measurement, mixing_bench.METHODS),
     )
 }  # fmt: skip
 

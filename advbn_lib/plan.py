@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from advbn_lib import records
+from advbn_lib import mixing_bench, records
 from advbn_lib.attack_measurements import CHECKED, OF_STATISTICS
-from advbn_lib.experiments import ABLATIONS, ATTACKED, EXPERIMENTS, FROM_SCRATCH, HEADLINE, TRAINED_ON
+from advbn_lib.experiments import ABLATIONS, ATTACKED, EXPERIMENTS, FROM_SCRATCH, HEADLINE, TRAINED_ON, find
 from advbn_lib.presets import PRESETS
 
 SEEDS = (0, 1, 2)
+MORE_SEEDS = {"cpu_mixing": (0, 1, 2, 3, 4)}  # Color-MNIST is small enough for more
 _BENCHES = tuple(
     f"{task}_{method}" for task in ("detection", "segmentation") for method in ("plain", "afan", "noise", "extra_forwards")
 )  # fmt: skip
@@ -31,6 +32,7 @@ _CONTROLLED = ("untouched", "clean_finetuning", "random_statistics", "advbn")
 _ARENA = (
     *_CONTROLLED, "advbn_augmix", "augmix", "random_per_image", *(experiment.name for experiment in TRAINED_ON),
 )  # fmt: skip
+_MIXING = tuple(f"mixing_{method}" for method in mixing_bench.METHODS)
 _FROM_SCRATCH = ("pretrain", *(experiment.name for experiment in FROM_SCRATCH), "step_cost")
 
 # What is run at each scale: preset, and the names of experiments and measurements.
@@ -44,6 +46,7 @@ SCALES: dict[str, dict[str, tuple[str, ...]]] = {
         "cpu_scratch": _FROM_SCRATCH,
         "cpu_attack": (*_ATTACKED, *_ATTACK_MEASUREMENTS),
         "cpu_arena": _ARENA,
+        "cpu_mixing": _MIXING,
     },
     "gpu": {
         "gpu": (*_HEADLINE, "appearance"),
@@ -70,14 +73,13 @@ class Planned:
     @property
     def begins_with(self) -> tuple[Planned, ...]:
         """The trainings whose weights it needs. Each must be over before it starts: two runs that train one would do it twice."""
-        size, names = PRESETS[self.preset], ()
+        names: tuple[str, ...] = ()
         if self.experiment in EXPERIMENTS:
-            experiment = EXPERIMENTS[self.experiment]
+            experiment, size = find(self.experiment, self.preset)
             start = size.pretraining_start if experiment.stage == "pretraining" else size.start
             names = (experiment.after,) if experiment.after else ("pretrain",) if start == "pretrain" else ()
-        elif self.experiment in _TRAINED_BY_OTHERS:
-            names = _TRAINED_BY_OTHERS[self.experiment]
-            names = names if self.experiment != "appearance" or size.start == "pretrain" else ()
+        elif self.experiment != "appearance" or PRESETS[self.preset].start == "pretrain":
+            names = _TRAINED_BY_OTHERS.get(self.experiment, ())
         return tuple(Planned(name, self.preset, self.seed) for name in names)
 
     def record(self, folder: Path | None = None) -> Path:
@@ -99,21 +101,24 @@ class Cost:
     unknown: int
 
 
-def planned(scale: str, seeds: Iterable[int] = SEEDS) -> list[Planned]:
+def planned(scale: str, seeds: Iterable[int] | None = None) -> list[Planned]:
     """All runs of a scale.
+
+    Args:
+        seeds: None: ``SEEDS``, or ``MORE_SEEDS`` of a preset.
 
     Raises:
         ValueError: there is no such scale, or a preset on its own was named.
     """
     if scale not in SCALES:
         raise ValueError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
-    wanted = list(seeds)
-    return [
-        Planned(name, preset, seed)
-        for preset, names in SCALES[scale].items()
-        for name in names
-        for seed in (wanted[:1] if (name, preset) in _ONE_SEED else wanted)
-    ]
+    runs, asked = [], None if seeds is None else tuple(seeds)
+    for preset, names in SCALES[scale].items():
+        wanted = MORE_SEEDS.get(preset, SEEDS) if asked is None else asked
+        runs += [
+            Planned(name, preset, seed) for name in names for seed in wanted[: 1 if (name, preset) in _ONE_SEED else None]
+        ]
+    return runs
 
 
 def missing(runs: Iterable[Planned], folder: Path | None = None) -> list[Planned]:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from advbn_lib import appearance_study, claims, records
+from advbn_lib.__main__ import NAMES
 from advbn_lib.claims import Claim, Side
 from advbn_lib.experiments import EXPERIMENTS
 from advbn_lib.measurements import MEASUREMENTS
-from advbn_lib.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT / "book" / "claims.yml"
@@ -19,6 +19,9 @@ CONTROLS = {
     "clean_finetuning", "random_statistics", "advbn_shared_bn", "augmix", "pretrain", "feature_noise", "unchanged_features",
     "extra_forwards", "advprop_5_steps", "afan_points", "end_points", "pgd_4", "pgd_8", "trades",
 }  # fmt: skip
+MIXING_CONTROLS = {
+    f"mixing_{name}" for name in ("nominal", "linf", "mixup", "randmix", "randmix_looks", "randmix_passes", "advmix")
+}  # the last of them below the oracle
 # Of the looks: other changes of features. Of AFA: the clean end point, the attack it was trained on.
 IN_THE_SAME_RECORD = {*appearance_study.CONTROLS, "clean", "fused"}
 
@@ -67,7 +70,7 @@ def test_the_ledger_asks_for_experiments_and_metrics_that_exist():
     ledger = claims.read_claims(LEDGER)
     assert len(ledger) >= 5
     for entry in ledger:
-        assert set(entry.presets) <= set(PRESETS)
+        assert set(entry.presets) <= set(NAMES)
         for side in entry.sides:
             assert side.experiment in EXPERIMENTS or side.experiment in MEASUREMENTS
             for preset in entry.presets:
@@ -84,7 +87,7 @@ def is_held_against_a_control(entry: Claim) -> bool:
     if experiment == entry.first.experiment:  # parts of one record
         return entry.first != entry.second and not IN_THE_SAME_RECORD.isdisjoint(parts)
     if experiment in MEASUREMENTS:
-        return experiment.endswith(("_plain", "_noise"))
+        return experiment.endswith(("_plain", "_noise")) or experiment in MIXING_CONTROLS
     return experiment in CONTROLS
 
 

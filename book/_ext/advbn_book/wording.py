@@ -7,6 +7,7 @@ import math
 MINUS = "\N{MINUS SIGN}"
 SHARES = (
     "accuracy", "mean", "shift", "balanced", "commonest_answer", "detection", "segmentation", "robust", "area",
+    "mixing", "apgd", "calibration_error",
 )  # fmt: skip
 
 
