@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from advbn_lib import mixing_bench
+from advbn_lib.data.colour_mnist import PALETTE
 from advbn_lib.data.images import DataError
 from advbn_lib.mixing_bench import (
     ABOUT,
@@ -115,7 +116,7 @@ def test_training_colours_say_the_class_and_test_colours_do_not():
         means = torch.stack([digits.colours[digits.images.labels == label].mean(0) for label in range(10)])
         spread = means.std(0).mean()
         assert (spread > 0.2) == wanted, "of the classes' mean colours"
-        nearest = torch.cdist(digits.colours, torch.tensor(mixing_bench.PALETTE) / 255).argmin(1)
+        nearest = torch.cdist(digits.colours, torch.tensor(PALETTE) / 255).argmin(1)
         share = (nearest == digits.images.labels).float().mean()
         assert share > 0.8 if wanted else share < 0.2
     assert torch.equal(mixing_bench.encoded(test).content[:, 0], test.grey.float() / 255)
