@@ -18,7 +18,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     After an error (a full disk, an interrupt) the old file is as it was, and nothing is left behind. Folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    # Not named after the file: its name may be as long as a name can be.
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file

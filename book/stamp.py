@@ -4,7 +4,8 @@
 
 The address stands in ``_config.yml`` and, because Colab sees nothing but the
 notebook, in each notebook's first code cell; so it does in the assignments,
-their sources and both editions. ``--branch`` says from which branch the Colab
+their sources and both editions, whose links to the chapters hold it too: an
+assignment is handed out as a single file. ``--branch`` says from which branch the Colab
 buttons take the notebooks.
 """
 
@@ -65,7 +66,8 @@ def stamp(root: Path, address: str, branch: str | None = None) -> None:
     if branch:
         edited[config] = replaced(config, edited[config], f"branch: {repository['branch']}\n", f"branch: {branch}\n")
     for file in installing(root):
-        edited[file] = replaced(file, file.read_bytes().decode("utf-8"), f"git+{old}", f"git+{address}")
+        text = replaced(file, file.read_bytes().decode("utf-8"), f"git+{old}", f"git+{address}")
+        edited[file] = text.replace(f"{old}/blob/", f"{address}/blob/")  # links to chapters, where there are some
     for path, content in edited.items():
         path.write_bytes(content.encode("utf-8"))
 

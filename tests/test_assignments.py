@@ -8,16 +8,20 @@ import pytest
 import torch
 from conftest import ROOT
 
+from advbn_lib.assignments import write_advbn
 from advbn_lib.assignments.arena import Arena, Lamps, noise_as_large, train_against, under_lamps
 from advbn_lib.assignments.break_it import accuracy, held_out_images
 from advbn_lib.assignments.defences import KINDS, build_defence, make_defence, shown_images
-from advbn_lib.assignments.mutants import MUTANTS
+from advbn_lib.assignments.mutants import MUTANTS, SHOWN
 from advbn_lib.assignments.own_adversary import sure_gain
+from advbn_lib.assignments.suites import run_all
+from advbn_lib.assignments.telling import compare
 from advbn_lib.grading.catalogue import all_assignments, find
 from advbn_lib.grading.editions import instructor_edition, out_of_date, read_source, student_edition
 from advbn_lib.grading.grade import examination
 from advbn_lib.grading.judge import Verdict, judge
-from advbn_lib.grading.local import BEING_GRADED, LocalStudent
+from advbn_lib.grading.local import BEING_GRADED, LocalStudent, report, verdicts_of
+from advbn_lib.grading.task import Check, Task, Wrong
 
 pytest.importorskip("sklearn", reason="assignments 3 and 4 compute with scikit-learn's digits")
 torch.set_num_threads(1)
@@ -158,6 +162,20 @@ WRONG = {
     "tests that fail always": ("write_advbn", "your_tests", "def tests_of_mine(Layer):\n    assert False", "correct layer"),
     "tests that pass always": ("write_advbn", "your_tests", "def tests_of_mine(Layer):\n    pass", "passes all your tests"),
     "tests of one way": ("write_advbn", "your_tests", "def tests_of_mine(Layer):\n    assert hasattr(Layer(small_tail(0)), 'step_size')", "another way"),
+    "b at the new a": ("write_advbn", "one_step", 'def ascent_step(tail, x, labels, a, b, eps, step_size):\n    def slope(a, b):\n        f = [p.detach().requires_grad_() for p in (a, b)]\n        return torch.autograd.grad(F.cross_entropy(tail(change_statistics(x, *f)), labels), f)\n    ga, gb = slope(a, b)\n    new = project(a + step_size * ga.sign(), eps)\n    return new, project(b + step_size * slope(new, b)[1].sign(), eps)', "new mean factor"),
+    "step without projection": ("write_advbn", "one_step", 'def ascent_step(tail, x, labels, a, b, eps, step_size):\n    def slope(a, b):\n        f = [p.detach().requires_grad_() for p in (a, b)]\n        return torch.autograd.grad(F.cross_entropy(tail(change_statistics(x, *f)), labels), f)\n    ga, gb = slope(a, b)\n    return a + step_size * ga.sign(), b + step_size * gb.sign()', "project it"),
+    "std not projected": ("write_advbn", "one_step", 'def ascent_step(tail, x, labels, a, b, eps, step_size):\n    def slope(a, b):\n        f = [p.detach().requires_grad_() for p in (a, b)]\n        return torch.autograd.grad(F.cross_entropy(tail(change_statistics(x, *f)), labels), f)\n    ga, gb = slope(a, b)\n    return project(a + step_size * ga.sign(), eps), b + step_size * gb.sign()', "mean factors are right.*project it"),
+    "a by the raw gradient": ("write_advbn", "one_step", 'def ascent_step(tail, x, labels, a, b, eps, step_size):\n    def slope(a, b):\n        f = [p.detach().requires_grad_() for p in (a, b)]\n        return torch.autograd.grad(F.cross_entropy(tail(change_statistics(x, *f)), labels), f)\n    ga, gb = slope(a, b)\n    return project(a + step_size * ga, eps), project(b + step_size * gb.sign(), eps)', "std factors are right.*take its sign"),
+    "step with a gradient": ("write_advbn", "one_step", 'def ascent_step(tail, x, labels, a, b, eps, step_size):\n    def slope(a, b):\n        f = [p.detach().requires_grad_() for p in (a, b)]\n        return torch.autograd.grad(F.cross_entropy(tail(change_statistics(x, *f)), labels), f)\n    ga, gb = slope(a, b)\n    return tuple(project(p + step_size * q.sign(), eps).requires_grad_() for p, q in ((a, ga), (b, gb)))', "require a gradient"),
+    "ascent with b at the new a": ("write_advbn", "the_attack", 'def ascent_step(tail, x, labels, a, b, eps, step_size):\n    def slope(a, b):\n        f = [p.detach().requires_grad_() for p in (a, b)]\n        return torch.autograd.grad(F.cross_entropy(tail(change_statistics(x, *f)), labels), f)\n    ga, gb = slope(a, b)\n    new = project(a + step_size * ga.sign(), eps)\n    return new, project(b + step_size * slope(new, b)[1].sign(), eps)', "new mean factor"),
+    "ascent with a raw gradient": ("write_advbn", "the_attack", 'def ascent_step(tail, x, labels, a, b, eps, step_size):\n    def slope(a, b):\n        f = [p.detach().requires_grad_() for p in (a, b)]\n        return torch.autograd.grad(F.cross_entropy(tail(change_statistics(x, *f)), labels), f)\n    ga, gb = slope(a, b)\n    return project(a + step_size * ga, eps), project(b + step_size * gb.sign(), eps)', "mean factors follow"),
+    "float32 factors": ("write_advbn", "the_set", 'def random_factors(x, eps, generator=None):\n    return tuple(1 + eps * (2 * torch.rand(1, x.shape[1], 1, 1, generator=generator) - 1) for _ in range(2))', "type of x"),
+    "factors without a generator": ("write_advbn", "the_set", '_draw = random_factors\ndef random_factors(x, eps, generator=None):\n    return _draw(x, eps, generator or torch.Generator().manual_seed(0))', "global random numbers"),
+    "features not detached": ("write_advbn", "the_layer", 'class AdvBNLayer(AdvBNLayer):\n    def forward(self, features, labels):\n        adversarial = super().forward(features, labels)[1]\n        return F.cross_entropy(self.tail(features), labels), adversarial', "belong to frozen layers"),
+    "train mode in training_step": ("write_advbn", "the_layer", '_step = training_step\ndef training_step(layer, *rest):\n    return _step(layer.train(), *rest)', "stay in the mode"),
+    "predict of any branch": ("write_advbn", "the_layer", "class AdvBNLayer(AdvBNLayer):\n    def predict(self, features, branch='clean'):\n        return super().predict(features, branch if branch == 'adversarial' else 'clean')", "predict.*ValueError"),
+    "set left after an error": ("write_advbn", "the_layer", "class AdvBNLayer(AdvBNLayer):\n    def attack(self, features, labels):\n        use_branch(self.tail, 'adversarial')\n        found = attack(self.tail, features, labels, *self.settings)\n        use_branch(self.tail, 'clean')\n        return found", "attack has failed"),
+    "slow tests": ("write_advbn", "your_tests", 'import time\ndef tests_of_mine(Layer):\n    time.sleep(0.4)', "is the most"),
     # 3
     "out of range": ("break_it", "pgd", "def pgd(losses, images, radius, steps=20):\n    return images + radius", "cut them"),
     "out of the ball": ("break_it", "pgd", "_pgd = pgd\ndef pgd(losses, images, radius, steps=20):\n    return _pgd(losses, images, 2 * radius)", "project back"),
@@ -202,8 +220,9 @@ class MySet(MySet):
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_solution_fails_and_is_told_why(what):
+def test_a_wrong_solution_fails_and_is_told_why(what, monkeypatch):
     name, task, override, word = WRONG[what]
+    monkeypatch.setattr(write_advbn, "MOST_SECONDS", 0.3 if what == "slow tests" else write_advbn.MOST_SECONDS)
     only = "some gain" if task == "the_result" else ""  # a training each: one is enough
     found = verdicts(name, namespace(name, override=override), (task,), only=only)
     failed = [verdict for verdict in found if verdict.state != "passed"]
@@ -211,6 +230,167 @@ def test_a_wrong_solution_fails_and_is_told_why(what):
     assert any(verdict.of > 0 for verdict in failed)
     assert any(re.search(word, verdict.message) for verdict in failed), [verdict.message for verdict in failed]
     assert not any("could not use your answer" in verdict.message for verdict in found)
+
+
+NORM_COPY = "        self.adversarial = copy.deepcopy(norm)\n"
+ASCENT = "    try:\n        tail.eval()\n        for _ in range(steps):"
+MODES_BACK = "            module.training = training\n    return mean_factor, std_factor"
+LAYERS_ATTACK = """        try:
+            return attack(self.tail, features, labels, *self.settings)
+        finally:
+            use_branch(self.tail, "clean")
+"""
+# Small changes of the solution that all other checks let through: (task, check, old and new pieces, a word of the message).
+SMALL_MISTAKES = {
+    "graph kept": ("the_layer", "hidden: no graph", [("project(f.detach() + step", "project(f + step")], "gradient"),
+    "no enable_grad": ("the_layer", "hidden: without gradients", [("    with torch.enable_grad():\n        loss =", "    if True:\n        loss =")], "enable_grad"),
+    "seeds": ("the_layer", "hidden: random numbers", [(ASCENT, "    torch.manual_seed(0)\n" + ASCENT)], "random numbers"),
+    "settings lost": ("two_sets", "hidden: settings", [(NORM_COPY, "        self.adversarial = nn.BatchNorm2d(norm.num_features).to(norm.weight)\n        self.adversarial.load_state_dict(norm.state_dict())\n        self.adversarial.train(norm.training)\n")], "momentum"),
+    "features not detached": ("the_layer", "hidden: constants", [("        x = features.detach()\n        perturbed", "        x = features\n        perturbed")], "frozen layers"),
+    "no finally for the set": ("the_layer", "hidden: clean after an error", [(LAYERS_ATTACK, "        found = attack(self.tail, features, labels, *self.settings)\n        use_branch(self.tail, 'clean')\n        return found\n")], "clean set"),
+    "the attack leaves its set": ("the_layer", "hidden: clean after attack", [(LAYERS_ATTACK, "        return attack(self.tail, features, labels, *self.settings)\n")], "clean set"),
+    "a copy of the tail": ("the_layer", "hidden: the very tail", [("        add_second_batch_norm(tail)\n        self.tail", "        tail = copy.deepcopy(tail)\n        add_second_batch_norm(tail)\n        self.tail")], "not on a copy"),
+    "train after predict": ("the_layer", "hidden: modes after predict", [('            use_branch(self.tail, "clean")\n            for module, training in before:\n                module.training = training', '            use_branch(self.tail, "clean")\n            self.train()')], "mode"),
+    "predict leaves its set": ("the_layer", "hidden: clean after predict", [('        finally:\n            use_branch(self.tail, "clean")\n            for module', "        finally:\n            for module")], "clean set"),
+    "losses swapped": ("the_layer", "hidden: returned losses", [("return clean.item(), adversarial.item()", "return adversarial.item(), clean.item()")], "comes first"),
+    "begins adversarial": ("two_sets", "hidden: begins clean", [('self.branch = "clean"', 'self.branch = "adversarial"')], "clean set is in use"),
+    "moves the old factors": ("one_step", "hidden: factors are kept", [("    return moved[0], moved[1]", "    with torch.no_grad():\n        mean_factor.copy_(moved[0]), std_factor.copy_(moved[1])\n    return mean_factor, std_factor")], "input in place"),
+    "flags of the old factors": ("one_step", "hidden: factors are kept", [("(mean_factor.detach().requires_grad_(), std", "(mean_factor.requires_grad_(), std")], "requires_grad"),
+    "x in place": ("the_set", "hidden: x is kept", [("    return (std_factor * (x - mean)", "    x -= mean\n    return (std_factor * x")], "in place"),
+    "frozen after an error": ("the_layer", "hidden: flags after an error", [(ASCENT, "    flags = [p.requires_grad for p in tail.parameters()]\n    tail.requires_grad_(False)\n" + ASCENT), (MODES_BACK, MODES_BACK.replace("    return", "    for p, flag in zip(tail.parameters(), flags):\n        p.requires_grad_(flag)\n    return"))], "finally"),
+    "cut above": (
+        "the_set",
+        "change",
+        [("mean_factor * mean).clamp_min(0)", "mean_factor * mean).clamp(0, x.max().item())")],
+        "lower end alone",
+    ),
+    "mean per image": (
+        "one_step",
+        "step",
+        [("mean = x.mean((0, 2, 3), keepdim=True)", "mean = x.mean((2, 3), keepdim=True)")],
+        "per image",
+    ),
+    "step by the norm": ("one_step", "step", [("step_size * g.sign()", "step_size * g / g.norm()")], "divided by its length"),
+    "starts at random": ("the_attack", "factors", [("mean_factor, std_factor = x.new_ones(1, x.shape[1], 1, 1), x.new_ones(1, x.shape[1], 1, 1)", "mean_factor, std_factor = random_factors(x, eps)")], "starts at 1"),
+    "weights shared": ("the_layer", "hidden: training", [(NORM_COPY, NORM_COPY + "        self.adversarial.weight, self.adversarial.bias = norm.weight, norm.bias\n")], "share their weights"),
+    "losses halved": ("the_layer", "losses", [("return F.cross_entropy(self.tail(x), labels), adversarial", "return F.cross_entropy(self.tail(x), labels) / 2, adversarial / 2")], "half as large"),
+    "mean not projected": ("one_step", "border", [("return moved[0], moved[1]", "return mean_factor.detach() + step_size * gradients[0].sign(), moved[1]")], "std factors are right.*project it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SMALL_MISTAKES)
+def test_a_small_mistake_is_found_and_named(what):
+    task, check, pieces, word = SMALL_MISTAKES[what]
+    text = "\n".join(code_of("write_advbn", "instructor"))
+    for old, new in pieces:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    variables: dict = {}
+    exec(compile(text, "cell", "exec"), variables)
+    (verdict,) = [v for v in verdicts("write_advbn", variables, (task,), only=check) if v.name == check]
+    assert verdict.state == "wrong" and re.search(word, verdict.message), verdict
+
+
+@pytest.mark.parametrize("override", [
+    "def attack(tail, x, labels, *rest):\n    return (torch.full((1, 4, 1, 1), torch.nan, dtype=x.dtype),) * 2\ndef add_second_batch_norm(tail):\n    pass\ndef use_branch(tail, branch):\n    pass",
+    "def attack(*rest):\n    raise ValueError\ndef add_second_batch_norm(tail):\n    raise ValueError\ndef use_branch(tail, branch):\n    raise ValueError",
+])  # fmt: skip
+def test_who_does_nothing_gets_nothing(override):
+    found = verdicts("write_advbn", namespace("write_advbn", override=override), ("the_attack", "two_sets"))
+    assert not [v.name for v in found if v.state == "passed"]
+
+
+LIKELY_STEPS = [what for what, (_, task, _, _) in WRONG.items() if task == "one_step"]
+
+
+@pytest.mark.parametrize("what", LIKELY_STEPS)
+def test_the_notebook_itself_finds_a_wrong_step_and_names_the_right_cause_alone(what):
+    """A wrong step must not come through task 2, or the student looks for it in task 3."""
+    name, task, override, word = WRONG[what]
+    student = LocalStudent(namespace(name, override=override))
+    said = [v.message for v in (judge(check, student) for check in find(name).task(task).checks) if v.state != "passed"]
+    assert any(re.search(word, message) for message in said), said
+    assert not [message for message in said if "cut at 0" in message]
+
+
+def test_a_cause_is_named_alone_only_if_no_other_one_fits():
+    wanted, other, third = torch.zeros(2), torch.ones(2), 2 * torch.ones(2)
+    with pytest.raises(Wrong, match="^it: more$"):
+        compare(other, wanted, "it", {"more": other, "less": third, "nothing": wanted})
+    with pytest.raises(Wrong, match="more than one possible cause: more, or as well"):
+        compare(other, wanted, "it", {"more": other, "as well": other.clone(), "less": third})
+
+
+def test_a_false_alarm_is_told_once_with_all_tests_that_fail_and_the_time_is_told():
+    override = """
+def same(one, other):
+    assert one == other
+def test_one(Layer):
+    same(1, 2)
+def test_two(Layer):
+    pass
+def test_three(Layer):
+    raise KeyError("three")
+def tests_of_mine(Layer):
+    run_all(Layer, test_one, test_two, test_three)
+"""
+    task = find("write_advbn").task("your_tests")
+    found = verdicts_of(task, LocalStudent(namespace("write_advbn", override=override)))
+    assert [v.state for v in found] == ["wrong"] + ["not tried"] * len(SHOWN)
+    printed = report(task.title, found)
+    assert printed.count("your tests fail on") == printed.count("test_one (line 5") == 1
+    assert "test_three (line 9" in printed and "test_two" not in printed and "2 of 3 tests fail" in printed
+    (first, *_) = verdicts_of(task, LocalStudent(namespace("write_advbn", override="def tests_of_mine(Layer): pass")))
+    assert re.search(r"take \d+\.\d s on one layer.* 10 s is the most", first.message)
+    assert "do the checks of tasks 1 to 5 hold" in printed
+    for name in SHOWN:
+        assert MUTANTS[name].mistake[1:] in printed
+
+
+def test_a_suite_that_needs_what_is_not_written_says_so():
+    def test(subject):
+        raise NotImplementedError("attack is not written yet")
+
+    with pytest.raises(NotImplementedError):
+        run_all(None, test)
+
+
+def test_an_error_is_told_with_the_lines_that_led_to_it():
+    code = """
+def same(one, other):
+    assert one == other
+def tests_of_mine(Layer):
+    same(1, 1)
+    same(1, 2)
+"""
+    outcome = LocalStudent(namespace("write_advbn", override=code)).attempt("tests_of_mine", None)
+    assert re.fullmatch(r"line 3.*, called at line 6.*", outcome.where)
+
+
+def test_a_check_can_need_only_one_before_it():
+    first, second = Check("first", "", print), Check("second", "", print, needs="first")
+    Task("t", "T", (first, second))
+    with pytest.raises(ValueError, match="no check before it"):
+        Task("t", "T", (second, first))
+
+
+def test_the_name_of_an_error_tells_nothing_of_hidden_inputs():
+    code = "def use_branch(tail, branch):\n    if branch not in ('clean', 'adversarial'):\n        raise type('secret', (Exception,), {})"
+    found = verdicts("write_advbn", namespace("write_advbn", override=code), ("two_sets",), only="wrong name")
+    assert [v.state for v in found] == ["wrong"] and "secret" not in found[0].message
+
+
+def test_the_tasks_are_called_in_reports_as_in_the_notebooks():
+    for assignment in all_assignments():
+        (source,) = (FOLDER / "source").glob(f"?_{assignment.name}.py")
+        headings = re.findall(r"^# ## \d (.*)$", source.read_text(), flags=re.M)
+        assert headings == [task.title for task in assignment.tasks] + ["To think about"]
+
+
+def test_a_false_alarm_under_a_hidden_check_shows_nothing_of_the_layers():
+    override = "def tests_of_mine(Layer):\n    raise ValueError('secret')"
+    found = verdicts("write_advbn", namespace("write_advbn", override=override), ("your_tests",), only="finds 1")
+    assert found and all("secret" not in v.message and v.state == "wrong" for v in found if v.hidden)
 
 
 def test_there_are_enough_wrong_ones():

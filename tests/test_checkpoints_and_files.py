@@ -48,6 +48,13 @@ def test_after_an_error_the_old_file_is_as_it_was_and_nothing_is_left_behind(tmp
     assert path.read_bytes() == b"old" and listing(tmp_path) == ["file"]
 
 
+def test_a_file_may_have_the_longest_name_there_is(tmp_path):
+    path = tmp_path / ("a" * 250 + ".json")
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and listing(tmp_path) == [path.name]
+
+
 def test_sha256_is_hashlibs(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"abc" * 1000)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import zipfile
 from pathlib import Path
 
@@ -203,6 +204,29 @@ def test_a_call_gives_the_value_and_an_error_teaches():
         s.attempt("later", 1)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "defined", "says"),
+    [
+        ("attack", "\u0430ttack", r"`a` \(letter 1\) of another alphabet"),
+        ("change", "\u0441h\u0430nge", r"`c` \(letter 1\), `a` \(letter 3\)"),
+        ("AdvBNLayer", "AdvBN1ayer", None),
+        ("AdvBNLayer", "AdvBnlayer", None),
+        ("AdvBNLayer", "advbnlayer", "small and large"),
+        ("use_branch", "usebranch", "underscores"),
+        ("all_scale", "al1_scale", "`1` for `l`"),
+    ],
+)
+def test_a_name_that_looks_alike_is_told_of(wanted, defined, says):
+    for stub in ("", f"def {wanted}(): raise NotImplementedError\n"):
+        with pytest.raises(NotDone) as told:
+            student(f"{stub}def {defined}(): return 1\n").call(wanted)
+        alike = "looks alike" in str(told.value)
+        assert alike == (says is not None) and re.search(says or "", str(told.value))
+        with pytest.raises(NotDone) as told:
+            student(f"{stub}def another(): return 1\n").call(wanted)
+        assert "looks alike" not in str(told.value)
+
+
 def test_a_call_starts_from_the_same_random_numbers_and_leaves_the_notebooks_alone():
     s = student("import torch\ndef draw():\n    return torch.rand(3)\n")
     before = torch.get_rng_state()
@@ -350,7 +374,7 @@ def test_reading_a_notebook():
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "no JSON"), (b"{", "no JSON"), (b"[" * 100_000, "no JSON"), (b"\xff\xfe", "no JSON"), (b"[]", "format 4"),
+        (b"", "is empty"), (b" \n", "is empty"), (b"{", "no JSON"), (b"[" * 100_000, "no JSON"), (b"\xff\xfe", "no JSON"), (b"[]", "format 4"),
         (b'{"nbformat": 3, "worksheets": []}', "format 4"), (b'{"nbformat": 4, "cells": 5}', "format 4"), (notebook(), "no code"),
         (b'{"nbformat": 4, "cells": [{"cell_type": "code", "source": [1]}]}', "without text"), (notebook(*["x"] * 1001), "1000 cells"),
         (notebook("x" * 2**21), "characters of code"), (b'{"nbformat": 4, "cells": [3, null, {"cell_type": "code"}]}', "no code"),

@@ -4,7 +4,10 @@ Each scene is a notebook that is graded in a real closed room. Most run in both 
 Landlock; where the kernel has not the one or the other, its tests are skipped.
 """
 
+import csv
+import dataclasses
 import functools
+import hashlib
 import json
 import os
 import re
@@ -25,7 +28,7 @@ from advbn_lib.grading import Assignment, Check, Task, expect_close
 from advbn_lib.grading.batch import Batch, grade_folder
 from advbn_lib.grading.cli import run
 from advbn_lib.grading.export_gradescope import export
-from advbn_lib.grading.grade import GRADED, NOT_RUN, Examination, Result, grade, text, write
+from advbn_lib.grading.grade import GRADED, NOT_RUN, Examination, Result, failed, grade, text, write
 from advbn_lib.grading.sandbox import Limits, Sandbox, SandboxRefused
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="closed rooms need Linux")
@@ -496,6 +499,69 @@ def treble(x):
     assert "seen-" not in text(result) and "seen-" not in str(result)
 
 
+def test_hidden_inputs_do_not_come_out_in_a_public_check_that_stands_after_them(short, tmp_path):
+    code = """
+seen = []
+def treble(x):
+    seen.append(x.sum().item())
+    open("seen.txt", "a").write("seen")
+    return 3 * x
+def double(x):
+    import os
+    if seen or os.path.exists("seen.txt"):
+        raise ValueError(f"seen-{seen}")
+    return 2 * x
+"""
+    result = grade(notebook(tmp_path, code), Examination(TINY), short)
+    assert result.points == 7 and "seen-" not in str(result), text(result)
+    assert [task.name for task in result.tasks] == ["double", "treble", "again"]
+    both = Task("both", "Both", (*TINY.tasks[1].checks, *TINY.tasks[0].checks))  # a hidden check before a public one
+    result = grade(notebook(tmp_path, code), Examination(Assignment(1, "a", "A", (both,))), short)
+    assert [check.name for check in result.tasks[0].checks] == ["trebles", "doubles"] and result.points == 3, text(
+        result
+    )
+
+
+def test_the_size_of_an_answer_that_is_too_large_tells_nothing(short, tmp_path):
+    code = "import os, sys\ndef treble(x): os.write(int(sys.argv[2]), (123 * 2**20 * 1000).to_bytes(8, 'big'))"
+    result = grade(notebook(tmp_path, RIGHT, code), Examination(TINY), short)
+    assert states(result)["treble"] == "ended" and "too large" in text(result) and "123" not in text(result)
+
+
+def test_functions_that_end_the_process_leave_restarts_for_the_others(short, tmp_path):
+    code = """
+import os
+def attack(): os._exit(1)
+def wrapped(): attack()
+class Layer:
+    def attack(self): attack()
+    def other(self): return 1
+"""
+
+    def ask_layer(student) -> None:
+        layer = student.keep("Layer")
+        assert student.on(layer, "other") == 1
+        student.on(layer, "attack")
+
+    ends = [lambda s: s.call("attack"), lambda s: s.call("wrapped"), ask_layer]
+    checks = tuple(Check(f"{n} {i}", "x", run, seconds=20) for n in range(10) for i, run in enumerate(ends))
+    exam = Examination(Assignment(1, "a", "A", (Task("ends", "Ends", checks), TINY.tasks[2])))
+    limits = dataclasses.replace(SHORT, restarts=6)
+    result = grade(notebook(tmp_path, RIGHT, code), exam, _With(short, limits))
+    assert result.points == 4, text(result)
+    said = [check.message for check in result.tasks[0].checks]
+    assert all("ended the process (exit 1)" in message for message in said[:6]), said
+    for number, name in enumerate(("`attack`", "`wrapped`", "`Layer.attack`")):
+        assert all(f"2 times in {name}: it is not asked again" in message for message in said[6 + number :: 3]), said
+
+
+class _With:
+    """A sandbox with other limits for the grader's side."""
+
+    def __init__(self, sandbox: Sandbox, limits: Limits) -> None:
+        self.isolation, self.start, self.limits = sandbox.isolation, sandbox.start, limits
+
+
 def test_what_an_assignment_withholds_of_the_library_cannot_be_had(secrets, tmp_path):
     code = """
 import glob, importlib, os, sys
@@ -540,6 +606,7 @@ def test_memory_within_python_is_an_error_of_that_cell(short, tmp_path):
 def test_threads_without_end_are_bounded(short, tmp_path):
     code = """
 import threading, time
+threading.stack_size(32768)
 def many():
     count = 0
     try:
@@ -550,9 +617,12 @@ def many():
         pass
     return count
 """
+    others = sum(int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines()) > 1
+    if os.geteuid() != 0 or not others or "namespaces" not in short.isolation.layers:
+        pytest.skip("a submission has a user of its own only if the grader is root and the room has namespaces")
     exam, answers = asking("many", seconds=30)
     result = grade(notebook(tmp_path, RIGHT, code), exam, short)
-    assert answers.get("many", 0) < 5000 and result.tasks[0].points == 1
+    assert 10 < answers["many"] < 256 and result.tasks[0].points == 1
 
 
 def test_notebooks_for_jupyter_run_without_it(short, tmp_path):
@@ -610,6 +680,61 @@ def test_the_room_closes_when_the_grader_is_killed(secrets, tmp_path):
     assert children and not any(Path(f"/proc/{pid}").exists() for pid in [launcher, *children])
 
 
+def test_folders_of_killed_graders_are_deleted_and_no_others(secrets, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def age(folder: Path, seconds: float) -> None:
+        os.utime(folder, (time.time() - seconds,) * 2)
+
+    folders = {name: tmp_path / f"advbn-room-{name}" for name in ("killed", "young", "unlocked", "old", "other")}
+    for folder in folders.values():
+        (folder / "deep" / "er").mkdir(parents=True)
+    for name in ("killed", "young", "other"):
+        (folders[name] / "lock").touch()
+    folders["other"] = folders["other"].rename(tmp_path / "others-room")
+    for name, seconds in (("killed", 3600), ("unlocked", 3600), ("old", 10**6), ("other", 10**6)):
+        age(folders[name], seconds)
+    link = tmp_path / "advbn-room-link"
+    link.symlink_to(folders["other"])
+    with make_room(secrets) as running:
+        age(running._folder, 10**6)
+        with make_room(secrets):
+            assert (running._folder / "library").is_dir()
+    left = {name for name, folder in folders.items() if (folder / "deep" / "er").is_dir()}
+    assert left == {"young", "unlocked", "other"} and link.is_symlink()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_grader_that_is_told_to_end_writes_its_table_and_leaves_nothing(tmp_path, jobs):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    (folder / "alice.ipynb").touch()
+    for name in ("bob", "carol", "dora", "eve"):
+        notebook(folder, "while True: pass", name=f"{name}.ipynb")
+    words = ["grade", folder, "--out", out, "--assignment", "statistics_and_style", "--public-only", "--jobs", jobs]
+    environment = {**ENVIRONMENT, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "advbn_lib", *map(str, words)], env=environment, stderr=subprocess.PIPE, text=True
+    ) as grader:
+        end = time.monotonic() + 100
+        while time.monotonic() < end and grader.poll() is None and not (out / "alice.json").exists():
+            time.sleep(0.1)
+        while time.monotonic() < end and grader.poll() is None and not list(tmp_path.glob("advbn-room-*")):
+            time.sleep(0.1)
+        time.sleep(2)  # into a submission
+        started = time.monotonic()
+        grader.send_signal(signal.SIGTERM)
+        errors = grader.stderr.read()
+    if grader.returncode == 3:
+        pytest.skip(errors)
+    assert grader.returncode == 128 + signal.SIGTERM, errors
+    assert time.monotonic() - started < 60
+    rows = (out / "points.csv").read_text().splitlines()
+    assert len(rows) == 2 and rows[1].startswith(f"alice.ipynb,{NOT_RUN},0.0") and "the file is empty" in rows[1]
+    assert list(tmp_path.glob("advbn-room-*")) == []
+    assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+
+
 def make_room(secrets: Path) -> Sandbox:
     return Sandbox(SHORT, (), (secrets,))
 
@@ -646,6 +771,135 @@ def test_a_folder_is_graded_whatever_is_in_it(tmp_path, secrets, jobs, monkeypat
         monkeypatch.setattr(module, "grade", lambda path, *rest: asked.append(path) or real(path, *rest))
         assert grade_folder(batch).read_text() == table
         assert {path.name for path in asked} == {"bob.ipynb"}  # the others have results
+
+
+def rows_of(table: Path) -> dict[str, dict[str, str]]:
+    with table.open(newline="") as file:
+        return {row["submission"]: row for row in csv.DictReader(file)}
+
+
+def instant(batch_folder: Path, out: Path, monkeypatch, asked: list[Path] | None = None, **options) -> Batch:
+    """A batch whose grades come without a closed room: a point for each letter of the file's name."""
+    from advbn_lib.grading import batch as module
+
+    def grade_at_once(path, exam, sandbox):
+        if asked is not None:
+            asked.append(path)
+        content = path.read_bytes() if path.is_file() else b""
+        found = failed(path, exam, sandbox, "")
+        return dataclasses.replace(
+            found, state=GRADED, points=float(len(path.name)), sha256=hashlib.sha256(content).hexdigest()
+        )
+
+    monkeypatch.setattr(module, "grade", grade_at_once)
+    return Batch(batch_folder, out, tiny_examination, _NoRoom, progress=False, **options)
+
+
+class _NoRoom:
+    isolation = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_no_name_of_a_submission_stops_the_others(tmp_path, monkeypatch):
+    folder, out, asked = tmp_path / "in", tmp_path / "out", []
+    names = ["a" * 249 + ".ipynb", "bob.ipynb", "bob.json/x.ipynb", "carol.ipynb", "points.csv/x.ipynb", "zoe.ipynb"]
+    names += ["ANNA.IPYNB", "anna2.ipynb", "bob.IPYNB", "deep.json/a/b.ipynb", "deep.ipynb"]
+    names.append(hashlib.sha256(b"carol.ipynb").hexdigest()[:16] + ".ipynb")  # would be where carol's may have to go
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (out / "carol.json").mkdir(parents=True)  # something is in the way
+    batch = instant(folder, out, monkeypatch, asked)
+    rows = rows_of(grade_folder(batch))
+    assert set(rows) == set(names) and sorted(asked) == sorted(folder / name for name in names)
+    for name, row in rows.items():
+        known = json.loads((out / row["result"]).read_text())
+        assert (known["submission"], float(row["points"])) == (Path(name).name, len(Path(name).name)), name
+        assert known["sha256"] == hashlib.sha256(name.encode()).hexdigest()
+    assert len({row["result"] for row in rows.values()}) == len(names)
+    assert rows["zoe.ipynb"]["result"] == "zoe.json" and rows["ANNA.IPYNB"]["result"] == "ANNA.json"
+    asked.clear()
+    assert rows_of(grade_folder(batch)) == rows and asked == []
+    (out / "carol.json").rmdir()
+    assert rows_of(grade_folder(dataclasses.replace(batch, again=True)))["carol.ipynb"]["result"] == "carol.json"
+    assert not list(out.rglob("*.part"))
+
+
+def test_a_result_of_older_checks_is_not_current(tmp_path, monkeypatch):
+    from advbn_lib.grading import batch as module
+
+    asked: list[Path] = []
+    batch = instant(tmp_path, tmp_path / "out", monkeypatch, asked)
+    notebook(tmp_path, RIGHT, name="alice.ipynb")
+    grade_folder(batch)
+    grade_folder(batch)
+    assert len(asked) == 1
+    monkeypatch.setattr(module, "checks_digest", lambda: "another")
+    grade_folder(batch)
+    assert len(asked) == 2
+
+
+def test_the_digest_of_the_checks_covers_their_code(tmp_path, monkeypatch):
+    from advbn_lib.grading import grade as module
+
+    for part in ("assignments", "grading/confinement", "data"):
+        (tmp_path / part).mkdir(parents=True)
+        (tmp_path / part / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(module.advbn_lib, "__file__", str(tmp_path / "__init__.py"))
+    digest = module.checks_digest.__wrapped__
+    seen = [digest()]
+    for name in ("assignments/a.py", "assignments/b.py", "grading/confinement/a.py"):
+        (tmp_path / name).write_text("x = 2\n")
+        seen.append(digest())
+    assert len(set(seen)) == 4
+    (tmp_path / "data" / "a.py").write_text("x = 2\n")
+    assert digest() == seen[-1]
+
+
+def test_copies_are_told_by_their_code(short, tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    copy = json.loads(notebook(folder, RIGHT, name="alice.ipynb").read_text())
+    copy["metadata"] = {"authors": ["bob"]}
+    copy["cells"].append({"cell_type": "markdown", "source": "my own words"})
+    (folder / "bob.ipynb").write_text(json.dumps(copy))
+    notebook(folder, RIGHT + "  # mine", name="carol.ipynb")
+    for name in ("dora", "eve"):
+        (folder / f"{name}.ipynb").touch()
+    batch = Batch(folder, tmp_path / "out", lambda: Examination(TINY), lambda: short, progress=False)
+    monkeypatch.setattr(Sandbox, "close", lambda self: None)  # it is used again
+    rows = rows_of(grade_folder(batch))
+    assert [rows[f"{name}.ipynb"]["same_code_as"] for name in ("alice", "bob", "carol", "dora", "eve")] == [
+        "", "alice.ipynb", "", "", "",
+    ]  # fmt: skip
+    assert "the file is empty" in rows["eve.ipynb"]["problem"]
+
+
+def test_what_is_not_graded_is_listed(tmp_path, monkeypatch, capsys):
+    from advbn_lib.grading import cli
+
+    folder, out = tmp_path / "in", tmp_path / "in" / "out"
+    (folder / "b").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    for name in ("homework.zip", "b/notes\x1b[2J", ".git/x", ".hidden", "A.IPYNB"):
+        (folder / name).write_text("x")
+    monkeypatch.setattr(cli, "find", {"tiny": TINY}.__getitem__)
+    monkeypatch.setattr(cli, "Sandbox", lambda *arguments: _NoRoom())
+    instant(folder, out, monkeypatch)
+    words = ("grade", folder, "--out", out, "--assignment", "tiny", "--public-only", "--quiet")
+    for _ in range(2):  # the second time there are results in the folder
+        assert run_command(*words) == 0
+        said = capsys.readouterr().err.splitlines()
+        assert [line.rpartition(": ")[2] for line in said] == [
+            str(folder / "b/notes?[2J"),
+            str(folder / "homework.zip"),
+        ]
+    assert list(rows_of(out / "points.csv")) == ["A.IPYNB"]
 
 
 def test_one_failure_of_the_grader_stops_nobody_else(tmp_path, secrets, monkeypatch):

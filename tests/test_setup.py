@@ -159,7 +159,7 @@ def test_workflows_use_the_two_commands(name):
 
 
 def test_address_stands_in_one_place():
-    """In _config.yml and, because Colab sees nothing else, in the first code cell of chapters and assignments."""
+    """In _config.yml and, because Colab sees nothing else, in chapters and assignments, where stamping changes it."""
     address = stamp.current_address(ROOT)
     holders = {
         file.relative_to(ROOT).as_posix() for file in text_files() if address in file.read_text(encoding="utf-8")
@@ -181,6 +181,19 @@ def test_notebooks_install_from_the_address_once():
         assert not any("github.com" in cell for cell in code[1:]), file.name
 
 
+def test_links_of_assignments_work_in_a_single_copy():
+    """An assignment is handed out as one file: its links are full addresses, and lead to files that there are."""
+    address = stamp.current_address(ROOT)
+    files = [file for file in stamp.installing(ROOT) if file.parts[-3] == "assignments"]
+    found = 0
+    for file in files:
+        for link in re.findall(r"\]\(([^)\s]+)\)", file.read_text(encoding="utf-8")):
+            assert link.startswith(f"{address}/blob/HEAD/"), f"{file.name}: {link}"
+            assert ROOT.joinpath(link.removeprefix(f"{address}/blob/HEAD/")).is_file(), link
+            found += 1
+    assert found >= 12
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """The files that stamping may touch, in a folder of their own."""
@@ -199,6 +212,8 @@ def test_stamp_changes_the_address_everywhere_and_back(checkout):
     for file in stamp.installing(checkout):
         text = file.read_text(encoding="utf-8")
         assert "git+https://github.com/someone/a-fork" in text and old not in text
+    linking = (checkout / "assignments" / "student" / "2_write_advbn.ipynb").read_text(encoding="utf-8")
+    assert "](https://github.com/someone/a-fork/blob/HEAD/notebooks/" in linking
     stamp.stamp(checkout, old, branch="main")
     assert before == {file: file.read_bytes() for file in before}
 

@@ -115,6 +115,28 @@ class Modes:
         module.train(training)
 
 
+class Probe:
+    """Answers questions about gradients: what comes back to a check is a plain tensor, which has none."""
+
+    def wants_gradient(self, values: object) -> bool:
+        """Whether one of these tensors requires a gradient."""
+        return any(value.requires_grad for value in values)
+
+    def reaches_features(self, layer: nn.Module, features: Tensor, labels: Tensor) -> bool:
+        """Whether a gradient flows from the layer's two losses to the features."""
+        leaf = features.clone().requires_grad_()
+        with torch.enable_grad():
+            total = sum(layer(leaf, labels))
+            (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
+        return gradient is not None
+
+
+@given("probe")
+def probe() -> Probe:
+    """See :class:`Probe`."""
+    return Probe()
+
+
 @given("modes")
 def modes() -> Modes:
     """See :class:`Modes`."""

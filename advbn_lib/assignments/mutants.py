@@ -1,7 +1,8 @@
 """A correct AdvBN layer, written in two ways, and wrong ones: what the tests that students write are tested with.
 
 A mutant is the correct layer's source with one small change. All of them are sent to the student's side as source with the
-same neutral class name, so a test must tell them by what they do.
+same neutral class name, each time written anew (see :mod:`~advbn_lib.assignments.rewriting`), so a test must tell them by
+what they do.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Layer(nn.Module):
         self.tail, self.eps, self.step_size, self.steps = tail, eps, step_size, steps
 
     def choose(self, branch):
+        if branch not in ("clean", "adversarial"):
+            raise ValueError(f"there is no branch {branch!r}")
         for module in self.tail.modules():
             if isinstance(module, Dual):
                 module.branch = branch
@@ -86,22 +89,25 @@ class Layer(nn.Module):
         x = features.detach()
         mean_factor, std_factor = self.attack(x, labels)
         perturbed = self.change(x, mean_factor, std_factor)
-        self.choose("adversarial")
-        adversarial = F.cross_entropy(self.tail(perturbed), labels)
-        self.choose("clean")
+        try:
+            self.choose("adversarial")
+            adversarial = F.cross_entropy(self.tail(perturbed), labels)
+        finally:
+            self.choose("clean")
         clean = F.cross_entropy(self.tail(x), labels)
         return clean, adversarial
 
     @torch.no_grad()
     def predict(self, features, branch="clean"):
-        before = [(module, module.training) for module in self.tail.modules()]
-        self.tail.eval()
         self.choose(branch)
-        logits = self.tail(features)
-        self.choose("clean")
-        for module, training in before:
-            module.training = training
-        return logits
+        modes = [(module, module.training) for module in self.tail.modules()]
+        try:
+            self.tail.eval()
+            return self.tail(features)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            self.choose("clean")
 """
 
 # The same layer in another hand: the factors are one tensor, the second BatchNorms lie beside the first ones, the gradient
@@ -182,7 +188,8 @@ class Layer(nn.Module):
         return clean, adversarial
 
     def predict(self, features, branch="clean"):
-        with torch.no_grad(), self.state(branch == "adversarial", True):
+        second = ("clean", "adversarial").index(branch)
+        with torch.no_grad(), self.state(second, True):
             return self.tail(features)
 """
 
@@ -233,9 +240,16 @@ _ATTACK_MODE = 'self.tail.eval()\n            self.choose("adversarial")'
 _RESTORE = (
     "            for module, training in before:\n                module.training = training\n            self.choose"
 )
-_ADVERSARIAL = 'self.choose("adversarial")\n        adversarial = F.cross_entropy(self.tail(perturbed), labels)'
+_ADVERSARIAL = 'self.choose("adversarial")\n            adversarial = F.cross_entropy(self.tail(perturbed), labels)'
 _CLEAN = 'self.choose("clean")\n        clean = F.cross_entropy(self.tail(x), labels)'
-_PREDICT = "before = [(module, module.training) for module in self.tail.modules()]\n        self.tail.eval()"
+_IN_FORWARD = "\n        finally:\n            " + _CLEAN
+_PREDICT = "self.tail.eval()\n            return self.tail(features)"
+_PUT_BACK = "            for module, mode in modes:\n                module.training = mode\n"
+_AFTER_PREDICT = "        finally:\n" + _PUT_BACK
+_AFTER_ATTACK = "        finally:\n            for module, training in before:"
+_NOT_CAUGHT = "        except ZeroDivisionError:\n            raise\n"  # what follows is done after success only
+_UNKNOWN = 'if branch not in ("clean", "adversarial"):\n            raise ValueError(f"there is no branch {branch!r}")'
+_UP = "torch.where({} >= 0, 1.0, -1.0)"
 _RESULT = "        return mean_factor, std_factor\n"
 
 MUTANTS: MappingProxyType[str, Mutant] = MappingProxyType(
@@ -358,7 +372,7 @@ MUTANTS: MappingProxyType[str, Mutant] = MappingProxyType(
         ),
         "error_leaves_a_trace": _mutant(
             "if the attack fails, the tail stays in eval mode",
-            ("        finally:\n", "        except ZeroDivisionError:\n            raise\n        else:\n"),
+            (_AFTER_ATTACK, _AFTER_ATTACK.replace("        finally:\n", _NOT_CAUGHT + "        else:\n")),
         ),
         "parameters_get_gradients": _mutant(
             "the attack leaves gradients in the tail's parameters",
@@ -436,12 +450,118 @@ MUTANTS: MappingProxyType[str, Mutant] = MappingProxyType(
         "predict_leaves_eval_mode": _mutant(
             "predict leaves the tail in eval mode",
             (
-                "        for module, training in before:\n            module.training = training\n        return logits",
-                "        return logits",
+                _AFTER_PREDICT,
+                "        finally:\n",
             ),
         ),
         "predict_ignores_branch": _mutant(
-            "predict always takes the clean set", ("self.choose(branch)", 'self.choose("clean")')
+            "predict always takes the clean set",
+            ("        self.choose(branch)\n", '        self.choose(branch)\n        self.choose("clean")\n'),
+        ),
+        "predict_leaves_its_branch": _mutant(
+            "after predict the tail stays on the set that predict was asked for",
+            (_PUT_BACK + '            self.choose("clean")\n', _PUT_BACK),
+        ),
+        "predict_takes_any_branch": _mutant(
+            "predict answers from the clean set if the branch's name is unknown",
+            (_UNKNOWN, 'branch = branch if branch == "adversarial" else "clean"'),
+        ),
+        "predict_error_leaves_a_trace": _mutant(
+            "if predict fails, the tail stays in eval mode",
+            (
+                "        finally:\n" + _PUT_BACK,
+                "        except Exception:\n            modes = []\n            raise\n        finally:\n" + _PUT_BACK,
+            ),
+        ),
+        # what shows only where nobody looks
+        "losses_in_train_mode": _mutant(
+            "the two losses are computed in train mode, whatever the mode of the layer is",
+            (
+                "        perturbed = self.change(x, mean_factor, std_factor)\n",
+                "        perturbed = self.change(x, mean_factor, std_factor)\n        self.tail.train()\n",
+            ),
+        ),
+        "loss_error_leaves_its_branch": _mutant(
+            "if the adversarial loss fails, the tail stays on the adversarial BatchNorms",
+            (_IN_FORWARD, "\n" + _NOT_CAUGHT + "        " + _CLEAN),
+        ),
+        "attack_error_leaves_its_branch": _mutant(
+            "if the attack fails, the tail stays on the adversarial BatchNorms",
+            (
+                '                module.training = training\n            self.choose("clean")\n        return mean_factor',
+                '                module.training = training\n        self.choose("clean")\n        return mean_factor',
+            ),
+        ),
+        "zero_gradient_moves": _mutant(
+            "a factor whose gradient is 0 moves up",
+            (_MEAN_STEP, _MEAN_STEP.replace("mean_grad.sign()", _UP.format("mean_grad"))),
+            (_STD_STEP, _STD_STEP.replace("std_grad.sign()", _UP.format("std_grad"))),
+        ),
+        "gradients_must_be_on": _mutant(
+            "the attack fails if the caller has switched gradients off", ("with torch.enable_grad():", "if True:")
+        ),
+        "goes_on_from_the_last_batch": _mutant(
+            "the ascent starts where that of the batch before ended",
+            (_ONES[0], "mean_factor = getattr(self, 'last', x.new_ones(1, x.shape[1], 1, 1)).clone()"),
+            (_RESULT, "        self.last = mean_factor.clone()\n" + _RESULT),
+        ),
+        "second_set_has_default_settings": _mutant(
+            "the second BatchNorms have PyTorch's momentum, whatever the first ones have",
+            (
+                _COPY + ")\n",
+                _COPY + ')\n        self.norms["adversarial"].momentum = 0.1\n',
+            ),
+        ),
+        "old_gradients_lost": _mutant(
+            "the attack deletes gradients that were in the tail's parameters before",
+            (_ATTACK_MODE, "self.tail.zero_grad()\n            " + _ATTACK_MODE),
+        ),
+    }
+)
+
+# A short plain suite (factors, losses, predictions in train mode) does not find these. They count more.
+SUBTLE = (
+    "projection_not_below_zero", "error_leaves_a_trace", "train_after_attack", "branch_not_restored", "parameters_frozen",
+    "predict_leaves_its_branch", "predict_takes_any_branch", "predict_error_leaves_a_trace", "losses_in_train_mode",
+    "loss_error_leaves_its_branch", "attack_error_leaves_its_branch", "zero_gradient_moves", "gradients_must_be_on",
+    "second_set_has_default_settings", "old_gradients_lost",
+)  # fmt: skip
+
+# Mistakes of a student's own layer that are told by name. They are not among those that the tests are judged by.
+_STD_AT_NEW_MEAN = (
+    "with torch.enable_grad():  # again, at the new mean factor\n"
+    "                    loss = F.cross_entropy(self.tail(self.change(x, mean_factor, std_factor)), labels)\n"
+    "                    (std_grad,) = torch.autograd.grad(loss, (std_factor,))\n                "
+)
+ONLY_TOLD: MappingProxyType[str, Mutant] = MappingProxyType(
+    {
+        "std_gradient_at_new_mean": _mutant(
+            "the gradient of the std factor is taken at the new mean factor, not at the old one",
+            (_STD_STEP, _STD_AT_NEW_MEAN + _STD_STEP),
+        ),
+        "mean_gradient_at_new_std": _mutant(
+            "the gradient of the mean factor is taken at the new std factor, not at the old one",
+            (
+                _MEAN_STEP + "\n                " + _STD_STEP,
+                "old = mean_factor\n                " + _STD_STEP + "\n                with torch.enable_grad():\n"
+                "                    loss = F.cross_entropy(self.tail(self.change(x, old, std_factor)), labels)\n"
+                "                    (mean_grad,) = torch.autograd.grad(loss, (old,))\n                " + _MEAN_STEP,
+            ),
+        ),
+        "mean_raw_gradient": _mutant(
+            "the mean factors follow the gradient itself and not its sign",
+            (_MEAN_STEP, _MEAN_STEP.replace(".sign()", "")),
+        ),
+        "std_raw_gradient": _mutant(
+            "the std factors follow the gradient itself and not its sign", (_STD_STEP, _STD_STEP.replace(".sign()", ""))
+        ),
+        "mean_not_projected": _mutant(
+            "nothing keeps the mean factors in the interval",
+            (_MEAN_STEP, _MEAN_STEP.replace("self.project(", "(")),
+        ),
+        "std_not_projected": _mutant(
+            "nothing keeps the std factors in the interval",
+            (_STD_STEP, _STD_STEP.replace("self.project(", "(")),
         ),
     }
 )

@@ -345,7 +345,7 @@ ASSIGNMENT = Assignment(
                 ),
             ),
         ),
-        Task("your_set", "Your own set keeps the laws", _laws("MySet", ())),
+        Task("your_set", "Your own set", _laws("MySet", ())),
         Task(
             "the_result",
             "Better than noise",

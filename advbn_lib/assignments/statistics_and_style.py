@@ -337,7 +337,7 @@ ASSIGNMENT = Assignment(
         ),
         Task(
             "scale_statistics",
-            "Turn the two knobs of a batch",
+            "Two knobs",
             (
                 Check(
                     "values",

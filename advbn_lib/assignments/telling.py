@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advbn_lib.grading.asking import Raised
 from advbn_lib.grading.task import Outcome, Trace, Wrong, expect, expect_close, expect_tensor, matches
 
 Mistakes = Mapping[
@@ -21,7 +22,7 @@ TRACES = {
     "parameter": "a weight of the tail changed: only the factors may move",
     "mode": "a module is not in the mode it was in before: put each one back as it was",
     "gradient": "a parameter was left with a gradient: ask torch.autograd.grad for the factors' gradients alone",
-    "flag": "requires_grad of a parameter is not what it was",
+    "flag": "requires_grad of a tensor or parameter is not what it was",
     "hook": "a hook was left on a module",
 }
 
@@ -41,20 +42,45 @@ def features(
 def compare(
     got: Any, wanted: Tensor, what: str, mistakes: Mistakes, hint: str = "", rtol: float = 1e-4, atol: float = 1e-5
 ) -> Tensor:
-    """``got``, if it is close to ``wanted``; else Wrong, with the mistake's name if it has the value of a known one."""
+    """``got``, if it is close to ``wanted``; else Wrong, with the mistake's name if it has the value of a known one.
+
+    If several known mistakes have this value, all of them are named, as possible causes.
+    """
     expect_tensor(got, what)
     if matches(got, wanted, rtol, atol):
         return got
-    for tells, value in mistakes.items():
+    fitting = [
+        tells
+        for tells, value in mistakes.items()
         # Where a mistake changes nothing, as on a symmetric input, it explains nothing.
-        if value is not None and not matches(value, wanted, rtol, atol) and matches(got, value, rtol, atol):
-            raise Wrong(f"{what}: {tells}")
+        if value is not None and not matches(value, wanted, rtol, atol) and matches(got, value, rtol, atol)
+    ]
+    if len(fitting) == 1:
+        raise Wrong(f"{what}: {fitting[0]}")
+    if fitting:
+        raise Wrong(f"{what}: this has more than one possible cause: {', or '.join(fitting)}")
     if got.shape != wanted.shape and got.numel() == wanted.numel():
         raise Wrong(
             f"{what} has the shape {tuple(got.shape)}, not {tuple(wanted.shape)}: keep the axes that you reduce over, "
             "with length 1 (keepdim=True)"
         )
     return expect_close(got, wanted, what, hint, rtol, atol)
+
+
+def compare_pairs(
+    got: Tensor, wanted: Tensor, what: str, mistakes: Mistakes, names: tuple[str, str], rtol: float, atol: float
+) -> Tensor:
+    """:func:`compare` for two quantities, stacked; if one of them is right, only the other one must fit a mistake."""
+    expect_tensor(got, what, tuple(wanted.shape))
+    right = [matches(one, other, rtol, atol) for one, other in zip(got, wanted)]
+    if all(right) or not any(right):
+        return compare(got, wanted, what, mistakes, "", rtol, atol)
+    wrong = right.index(False)
+    halves = {
+        tells: value[wrong] for tells, value in mistakes.items() if value is not None and value.shape == wanted.shape
+    }
+    said = f"{what}: the {names[1 - wrong]} are right, the {names[wrong]} are not"
+    return compare(got[wrong], wanted[wrong], said, halves, "", rtol, atol)
 
 
 def several(got: Any, count: int, what: str, names: str) -> Sequence[Any]:
@@ -77,7 +103,6 @@ def no_trace(traces: tuple[Trace, ...], what: str, allowed: tuple[str, ...] = ()
 
 def refuses(outcome: Outcome, what: str, why: str, error: str = "ValueError") -> None:
     """Wrong unless the call ended with this error."""
-    expect(
-        outcome.error == error,
-        f"{what} should raise {error}: {why}" + (f" (it raised {outcome.error})" if outcome.error else ""),
-    )
+    if outcome.error != error:
+        public = f"{what} should raise {error}: {why}"
+        raise Raised(public + (f" (it raised {outcome.error})" if outcome.error else ""), public)

@@ -19,6 +19,7 @@ from advbn_lib.grading.task import Given, Kept, Trace
 from advbn_lib.grading.wire import BadMessage, pack, unpack
 
 _LONGEST = 600
+_LONGEST_LINE, _MOST_LINES = 140, 4
 
 
 class Desk:
@@ -31,6 +32,9 @@ class Desk:
     def answer(self, message: bytes) -> bytes:
         """The reply: ``value`` (and ``traces``, ``gradient``), or ``error``, ``message``, ``where``, or ``missing``."""
         request = unpack(message)
+        del (
+            message
+        )  # a submission can look at its callers' variables, and a message may hold what it is to judge unseen
         if request["do"] == "begin":
             self._kept.clear()
             return pack({"value": None})
@@ -39,7 +43,7 @@ class Desk:
         if request["do"] == "call" and request["name"] not in self._namespace:
             return pack({"missing": request["name"]})
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(request["seed"])
+            torch.manual_seed(request.pop("seed"))
             try:
                 return self._packed(self._do(request))
             except (Exception, SystemExit) as error:  # whatever the student's code raises is an answer
@@ -59,14 +63,16 @@ class Desk:
             for part in request["name"].split("."):
                 target = getattr(target, part)
             return {"value": target}
-        args = [self._built(part) for part in request["args"]]
-        kwargs = {name: self._built(part) for name, part in request["kwargs"].items()}
-        if request["to"] is not None:
-            return _with_gradient(target, args, kwargs, request["to"], request["weights"])
-        watch = _Watch({**{str(i): part for i, part in enumerate(args)}, **kwargs}) if request["watch"] else None
+        args = [self._built(part) for part in request.pop("args")]
+        kwargs = {name: self._built(part) for name, part in request.pop("kwargs").items()}
+        to, weights, keep, watched = (request[name] for name in ("to", "weights", "keep", "watch"))
+        request.clear()  # from here on the student's code runs
+        if to is not None:
+            return _with_gradient(target, args, kwargs, to, weights)
+        watch = _Watch({**{str(i): part for i, part in enumerate(args)}, **kwargs}) if watched else None
         value = target(*args, **kwargs)
         traces = [(t.kind, t.argument, t.name) for t in watch.changes()] if watch else []
-        return {"value": self._keep(value) if request["keep"] else value, "traces": traces}
+        return {"value": self._keep(value) if keep else value, "traces": traces}
 
     def _target(self, request: dict[str, Any]) -> Any:
         if request["do"] == "call":
@@ -101,15 +107,18 @@ class Desk:
 
 
 def students_line(error: BaseException, namespace: Mapping[str, Any]) -> str:
-    """The last line of the student's own code on the way to the error: ``cell 4, line 7: return x.std()``."""
-    where = ""
+    """The student's own lines on the way to the error, the last one first.
+
+    ``cell 4, line 7: return x.std(), called at line 12: mean, std = both(x)``
+    """
+    lines = []
     for frame, line in traceback.walk_tb(error.__traceback__):
         if frame.f_globals is namespace:
             file = frame.f_code.co_filename
             cell = f"{file}, " if file.startswith("cell ") else ""
             text = linecache.getline(file, line, frame.f_globals).strip()
-            where = f"{cell}line {line}" + (f": {text}" if text else "")
-    return where[:_LONGEST]
+            lines.append(f"{cell}line {line}" + (f": {text}" if text else ""))
+    return ", called at ".join(line[:_LONGEST_LINE] for line in lines[: -_MOST_LINES - 1 : -1])[:_LONGEST]
 
 
 def _with_gradient(target: Any, args: list, kwargs: dict, to: int | str, weights: Tensor | None) -> dict[str, Any]:
@@ -136,6 +145,7 @@ class _Watch:
         for label, value in self._arguments.items():
             if isinstance(value, Tensor):
                 seen[Trace("input", label)] = value.detach().clone()
+                seen[Trace("flag", label)] = value.requires_grad
             elif isinstance(value, nn.Module):
                 seen.update(_of_module(value, label))
         return seen

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from advbn_lib.grading.lookalikes import lookalikes
 from advbn_lib.grading.task import Dead, Given, Kept, NotDone, Outcome, Trace, Wrong
 from advbn_lib.grading.wire import BadMessage, pack, unpack
 
@@ -48,10 +49,7 @@ class Asking:
         return self._value(self._call(name, args, kwargs), name)
 
     def attempt(self, name: str, *args: Any, **kwargs: Any) -> Outcome:
-        reply = self._call(name, args, kwargs)
-        if "error" in reply and reply.get("not_done") is not True:
-            return Outcome(None, *(_text(reply.get(part)) for part in ("error", "message", "where")))
-        return Outcome(self._value(reply, name))
+        return self._outcome(self._call(name, args, kwargs), name)
 
     def call_and_look(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Trace, ...]]:
         reply = self._call(name, args, kwargs, watch=True)
@@ -74,18 +72,10 @@ class Asking:
         return _handle(self._value(self._ask(do="make", given=given), given.kind))
 
     def on(self, kept: Kept, method: str, *args: Any, **kwargs: Any) -> Any:
-        reply = self._ask(
-            do="on",
-            kept=kept,
-            name=method,
-            args=list(args),
-            kwargs=kwargs,
-            keep=False,
-            watch=False,
-            to=None,
-            weights=None,
-        )
-        return self._value(reply, method)
+        return self._value(self._on(kept, method, args, kwargs), method)
+
+    def attempt_on(self, kept: Kept, method: str, *args: Any, **kwargs: Any) -> Outcome:
+        return self._outcome(self._on(kept, method, args, kwargs), method)
 
     def look_at(self, kept: Kept, attribute: str) -> Any:
         return self._value(self._ask(do="look", kept=kept, name=attribute), attribute)
@@ -96,6 +86,16 @@ class Asking:
     def _call(self, name: str, args: tuple, kwargs: dict, **options: Any) -> dict[str, Any]:
         settings = {"keep": False, "watch": False, "to": None, "weights": None, **options}
         return self._ask(do="call", name=name, args=list(args), kwargs=kwargs, **settings)
+
+    def _on(self, kept: Kept, method: str, args: tuple, kwargs: dict) -> dict[str, Any]:
+        settings = {"keep": False, "watch": False, "to": None, "weights": None}
+        return self._ask(do="on", kept=kept, name=method, args=list(args), kwargs=kwargs, **settings)
+
+    def _outcome(self, reply: dict[str, Any], name: str) -> Outcome:
+        """The reply's value, or its error as a value."""
+        if "error" in reply and reply.get("not_done") is not True:
+            return Outcome(None, *(_text(reply.get(part)) for part in ("error", "message", "where")))
+        return Outcome(self._value(reply, name))
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         message = pack({**request, "seed": self._seed})
@@ -111,9 +111,9 @@ class Asking:
     def _value(self, reply: dict[str, Any], name: str) -> Any:
         """The reply's value, or the error it tells of."""
         if "missing" in reply:
-            raise NotDone(f"`{name}` is not there: define it under this very name")
+            raise NotDone(f"`{name}` is not there: define it under this very name{self._hint(name)}")
         if reply.get("not_done") is True:
-            raise NotDone(f"`{name}` is not written yet")
+            raise NotDone(f"`{name}` is not written yet{self._hint(name)}")
         if "unsendable" in reply:
             public = f"`{name}` returned what no check can read"
             raise Raised(f"{public}, a {_text(reply.get('type'))}: {_text(reply['unsendable'])}", public)
@@ -123,6 +123,13 @@ class Asking:
                 f"`{name}` raised {error}: {message}" + (f" ({where})" if where else ""), f"`{name}` raised an error"
             )
         return reply.get("value")
+
+    def _hint(self, name: str) -> str:
+        """A remark on a name that is there and looks like this one, which may be why this one is not."""
+        for other, difference in lookalikes(name):
+            if self.has(other):
+                return f". A name that looks alike is there, with {difference}: type the name anew"
+        return ""
 
 
 def _text(value: Any) -> str:

@@ -33,10 +33,18 @@ def main(requests: BinaryIO, replies: BinaryIO) -> None:
     for stream in (1, 2):  # what went wrong before this line is the grader's concern, what is printed after it nobody's
         os.dup2(quiet, stream)
     while head := requests.read(8):
-        message = requests.read(int.from_bytes(head, "big"))
-        request = unpack(message)
-        reply = _run(request, module.__dict__) if request["do"] == "run" else desk.answer(message)
-        _send(replies, reply)
+        _send(replies, _reply(requests.read(int.from_bytes(head, "big")), desk, module.__dict__))
+
+
+def _reply(message: bytes, desk: Desk, namespace: dict[str, Any]) -> bytes:
+    """The reply to a message, which no variable holds while the submission's code runs."""
+    request, waiting = unpack(message), [message]
+    del message
+    if request["do"] == "run":
+        waiting.clear()
+        return _run(request, namespace)
+    request.clear()
+    return desk.answer(waiting.pop())
 
 
 def _run(request: dict[str, Any], namespace: dict[str, Any]) -> bytes:

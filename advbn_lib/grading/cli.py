@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from advbn_lib.grading import batch, editions, export_gradescope
@@ -101,7 +105,30 @@ def _export(options: argparse.Namespace) -> None:
     print(export_gradescope.export(exam, options.hidden, options.out, options.weak_isolation))
 
 
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: the table is written, the rooms are closed, their folders are deleted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set what a signal does
+        return
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, lambda *_: None)  # it is ending already
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _grade(options: argparse.Namespace) -> None:
+    with _ended_in_order():
+        _grade_all(options)
+
+
+def _grade_all(options: argparse.Namespace) -> None:
     if not options.submission.exists():
         raise ValueError(f"{options.submission} is not there")
     if options.jobs < 1:
@@ -125,6 +152,9 @@ def _grade(options: argparse.Namespace) -> None:
             work = batch.Batch(
                 options.submission, options.out, make_exam, make_sandbox, options.jobs, options.again, not options.quiet
             )
+            for path in batch.left_out(options.submission, options.out):
+                name = "".join(c if c.isprintable() else "?" for c in str(path))  # a stranger chose it
+                print(f"advbn_lib: not graded, as it is called no notebook (.ipynb): {name}", file=sys.stderr)
             print(batch.grade_folder(work))
             return
         with make_sandbox() as sandbox:

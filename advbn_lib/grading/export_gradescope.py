@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
     from advbn_lib.grading.cli import run  # which has this module's export
 
     home, name, variant, flags = Path(arguments[0]), arguments[1], arguments[2], arguments[3:]
-    found = sorted((home / "submission").rglob("*.ipynb"))
+    found = sorted(path for path in (home / "submission").rglob("*") if path.suffix.lower() == ".ipynb")
     own = home / "source" / "result.json"
     if len(found) != 1:
         content = {"score": 0, "output": f"Hand in exactly one notebook (.ipynb); there are {len(found)}.", "tests": []}

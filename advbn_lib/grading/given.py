@@ -67,4 +67,5 @@ def source(code: str, name: str, settings: Mapping[str, Any] | None = None) -> A
     """
     namespace: dict[str, Any] = {"__name__": "given"}
     exec(compile(code, "<given>", "exec"), namespace)  # the check's own code, never the student's
+    del code  # a submission can look at its callers' variables
     return namespace[name] if settings is None else namespace[name](**settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -10,7 +11,6 @@ import platform
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +20,7 @@ from advbn_lib.grading.judge import Verdict, judge
 from advbn_lib.grading.notebook import Unreadable, code_cells, read_file
 from advbn_lib.grading.remote import CellReport, RemoteStudent
 from advbn_lib.grading.sandbox import Isolation, Sandbox
-from advbn_lib.grading.task import Assignment, Check
+from advbn_lib.grading.task import Assignment, Check, Task
 
 GRADED, NOT_RUN, GRADER_ERROR = "graded", "could not be run", "the grader failed"
 
@@ -46,10 +46,12 @@ class Result:
         variant: the number that the hidden checks were made with.
         hidden: SHA-256 of the hidden checks' file, "" without one.
         submission, sha256: the file's name and digest.
+        code: digest of the code cells alone, "" if there are none.
         failed_cells: the cells that raised an error or ended the process.
         skipped_lines: lines for Jupyter alone (``!``, ``%``), which are not run.
         isolation: what was in force.
         seconds: how long it took.
+        checks: digest of the public checks' code and the grader's, see :func:`checks_digest`.
     """
 
     assignment: str
@@ -67,7 +69,9 @@ class Result:
     skipped_lines: int = 0
     isolation: Isolation | None = None
     seconds: float = 0.0
+    code: str = ""
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    checks: str = field(default_factory=lambda: checks_digest())
 
 
 @dataclass(frozen=True)
@@ -125,14 +129,14 @@ def grade(submission: Path, exam: Examination, sandbox: Sandbox) -> Result:
         return _empty(submission, exam, digest, NOT_RUN, str(error), sandbox.isolation)
     student = RemoteStudent(sandbox, cells)
     try:
-        tasks = tuple(_graded(task, student) for task in exam.assignment.tasks)
+        tasks = _graded(exam.assignment, student)
     finally:
         student.close()
     return Result(
         exam.assignment.name, exam.assignment.title, exam.variant, exam.hidden, _name(submission), digest, GRADED, "",
         sum(task.points for task in tasks), sum(task.of for task in tasks), tasks,
         tuple(cell for cell in student.cells if cell.error), sum(cell.skipped_lines for cell in student.cells),
-        sandbox.isolation, round(time.monotonic() - started, 1),
+        sandbox.isolation, round(time.monotonic() - started, 1), hashlib.sha256(json.dumps(cells).encode()).hexdigest(),
     )  # fmt: skip
 
 
@@ -141,14 +145,22 @@ def failed(submission: Path, exam: Examination, sandbox: Sandbox, problem: str) 
     return _empty(submission, exam, "", GRADER_ERROR, problem, sandbox.isolation)
 
 
-def _graded(task: Any, student: RemoteStudent) -> TaskResult:
-    verdicts = []
-    for check in task.checks:
+def _graded(assignment: Assignment, student: RemoteStudent) -> tuple[TaskResult, ...]:
+    """Each task's result. All public checks come before the first hidden one.
+
+    The message of a public check may repeat what the submission says. After a hidden check this could be hidden inputs,
+    which it has remembered.
+    """
+    asked = [(task.name, check) for task in assignment.tasks for check in task.checks]
+    verdicts: dict[tuple[str, str], Verdict] = {}
+    for task, check in sorted(asked, key=lambda pair: pair[1].hidden):
         student.budget(check.seconds)
-        verdicts.append(judge(check, student))
-    return TaskResult(
-        task.name, task.title, sum(v.points for v in verdicts), sum(v.of for v in verdicts), tuple(verdicts)
-    )  # fmt: skip
+        verdicts[task, check.name] = judge(check, student)
+    return tuple(_result(task, tuple(verdicts[task.name, c.name] for c in task.checks)) for task in assignment.tasks)
+
+
+def _result(task: Task, verdicts: tuple[Verdict, ...]) -> TaskResult:
+    return TaskResult(task.name, task.title, sum(v.points for v in verdicts), sum(v.of for v in verdicts), verdicts)
 
 
 def _empty(submission: Path, exam: Examination, digest: str, state: str, problem: str, isolation: Isolation) -> Result:
@@ -168,6 +180,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": str(torch.__version__), "advbn_lib": advbn_lib.__version__}
 
 
+@functools.cache
+def checks_digest() -> str:
+    """SHA-256 of the code of the public checks and of the grader: after a change of it a result is an old one."""
+    library = Path(advbn_lib.__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(path for part in ("assignments", "grading") for path in (library / part).rglob("*.py")):
+        digest.update(
+            f"{path.relative_to(library).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+        )
+    return digest.hexdigest()
+
+
 def write(result: Result, path: Path) -> None:
     """The result as JSON, whole or not at all."""
     with atomic_write(path) as file:
@@ -185,13 +209,16 @@ def text(result: Result) -> str:
         )
     for task in result.tasks:
         lines.append(f"  {task.title}: {task.points:g} of {task.of:g}")
+        said = set()
         for verdict in task.checks:
             kind = "hidden, " if verdict.hidden else ""
             lines.append(
                 f"    [{kind}{verdict.state}, {verdict.points:g} of {verdict.of:g}] {verdict.name}: {verdict.says}"
             )
             if verdict.message:
-                lines.append(f"        {verdict.message}")
+                again = verdict.message in said and len(verdict.message) > 60
+                lines.append("        (the same message as above)" if again else f"        {verdict.message}")
+                said.add(verdict.message)
     if result.isolation is not None and not result.isolation.strong:
         lines.append(f"  weak isolation: a submission could {'; '.join(result.isolation.open)}")
     return "\n".join(lines)

@@ -16,8 +16,9 @@ class Verdict:
 
     Attributes:
         state: "passed", "wrong", "not done" (missing or NotImplementedError), or "ended" (the student's process was
-            ended by itself or by a limit, or its answer could not be read).
-        message: what the student is told; "" if it passed.
+            ended by itself or by a limit, or its answer could not be read), in a notebook also "not tried" (a check that it
+            needs does not hold).
+        message: what the student is told; of a check that passed, what it has to say, or "".
     """
 
     name: str
@@ -36,7 +37,8 @@ def judge(check: Check, student: Asking) -> Verdict:
         with torch.random.fork_rng(devices=[]):  # the same random numbers in whatever order, and none of the notebook's
             torch.manual_seed(0)
             student.begin()
-            check.run(student)
+            note = check.run(student)
+            message = note if isinstance(note, str) else ""
     except NotDone as error:
         state, message = "not done", str(error)
     except Dead as error:

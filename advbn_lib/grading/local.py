@@ -10,9 +10,10 @@ from advbn_lib.grading.answering import Desk
 from advbn_lib.grading.asking import Asking
 from advbn_lib.grading.catalogue import find
 from advbn_lib.grading.judge import Verdict, judge
+from advbn_lib.grading.task import Task
 
 BEING_GRADED = "ADVBN_BEING_GRADED"
-_MARKS = {"passed": "ok   ", "wrong": "WRONG", "not done": "to do", "ended": "WRONG"}
+_MARKS = {"passed": "ok   ", "wrong": "WRONG", "not done": "to do", "ended": "WRONG", "not tried": "  -  "}
 
 
 class LocalStudent(Asking):
@@ -46,8 +47,20 @@ def check(name: str, namespace: dict[str, Any] | None = None) -> None:
     except KeyError as error:
         raise ValueError(error.args[0]) from None
     student = LocalStudent(sys._getframe(1).f_globals if namespace is None else namespace)
-    verdicts = [judge(one, student) for one in wanted.checks if not one.hidden]
-    print(report(wanted.title, verdicts))
+    print(report(wanted.title, verdicts_of(wanted, student)))
+
+
+def verdicts_of(task: Task, student: LocalStudent) -> list[Verdict]:
+    """The verdicts of the public checks; what needs a check that does not hold is not tried."""
+    found: dict[str, Verdict] = {}
+    for one in task.checks:
+        if one.hidden:
+            continue
+        if one.needs and found[one.needs].state != "passed":
+            found[one.name] = Verdict(one.name, one.says, False, 0.0, one.points, "not tried")
+        else:
+            found[one.name] = judge(one, student)
+    return list(found.values())
 
 
 def report(title: str, verdicts: list[Verdict]) -> str:
@@ -58,4 +71,6 @@ def report(title: str, verdicts: list[Verdict]) -> str:
         if verdict.message:
             lines.append(f"         {verdict.message}")
     passed = sum(verdict.state == "passed" for verdict in verdicts)
+    if any(verdict.state == "not tried" for verdict in verdicts):
+        lines.append("  (-: not tried, because a check above does not hold)")
     return "\n".join([*lines, f"  {passed} of {len(verdicts)} public checks hold"])

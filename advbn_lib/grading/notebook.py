@@ -36,6 +36,10 @@ def read_file(path: Path) -> bytes:
 
 def code_cells(content: bytes) -> list[str]:
     """The sources of a notebook's code cells, in order; Unreadable if it is none."""
+    if not content.strip():
+        raise Unreadable(
+            "the file is empty. Save the notebook again in Jupyter, and look at the size of what you hand in"
+        )
     try:
         notebook = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):

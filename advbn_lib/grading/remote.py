@@ -6,14 +6,17 @@ import os
 import select
 import subprocess
 import time
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from advbn_lib.grading.asking import Asking, _text
 from advbn_lib.grading.sandbox import Room, Sandbox, SandboxRefused
-from advbn_lib.grading.task import Dead
+from advbn_lib.grading.task import Dead, Kept
 from advbn_lib.grading.wire import BadMessage, pack, unpack
 
 _COMMAND = ["-B", "-m", "advbn_lib.grading.child"]
+_MOST_ENDS = 2  # of the process in one function: then it is not asked again, so that restarts are left for the others
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class RemoteStudent(Asking):
     """Answers calls from a closed room.
 
     A process that ends is started again at the next check, without the cells during which one ended: what the other
-    cells define can still be graded.
+    cells define can still be graded. A function in which it ended twice is not asked again, and costs no restart more.
 
     Attributes:
         cells: what came of the cells, the first time.
@@ -42,9 +45,12 @@ class RemoteStudent(Asking):
         self.cells: list[CellReport] = []
         self._sandbox, self._limits, self._sources = sandbox, sandbox.limits, cells
         self._deadly: set[int] = set()
+        self._ends: Counter[str] = Counter()
+        self._made_by: dict[int, str] = {}
         self._starts = 0
         self._end = time.monotonic() + sandbox.limits.total_seconds
-        self._until = self._end
+        self._seconds, self._until = sandbox.limits.total_seconds, self._end
+        self._unasked = True  # since begin(): only then does a process started anew know as much as the old one
         self._line: _Line | None = None
         self._bring_up()
 
@@ -53,15 +59,53 @@ class RemoteStudent(Asking):
         return time.monotonic() >= self._end or (self._line is None and self._starts > self._limits.restarts)
 
     def budget(self, seconds: float) -> None:
-        """All answers from now on must come within so many seconds. Starts the process again if it has ended."""
-        if self._line is None and not self.spent:
-            self._bring_up()
+        """All answers from now on must come within so many seconds."""
+        self._seconds = seconds
         self._until = min(self._end, time.monotonic() + seconds)
+
+    def begin(self) -> None:
+        """Start a check. The process hears of it, and is started again if it has ended, at the first question."""
+        self._seed, self._unasked = 0, True
+        self._made_by.clear()
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        function = self._function(request)
+        if self._ends[function] >= _MOST_ENDS:
+            raise Dead(f"your code's process ended {_MOST_ENDS} times in `{function}`: it is not asked again")
+        if self._unasked:
+            if self._line is None and not self.spent:
+                self._bring_up()
+                self.budget(self._seconds)
+            self._unasked = False
+            super()._ask(do="begin")
+        running = self._line is not None
+        try:
+            reply = super()._ask(**request)
+        except Dead:
+            self._ends[function] += bool(function) and running
+            raise
+        if isinstance(kept := reply.get("value"), Kept):
+            self._made_by[kept.number] = function
+        return reply
+
+    def _function(self, request: dict[str, Any]) -> str:
+        """The name of the student's function that a request runs; "" if it runs none, as far as is known."""
+        if request["do"] == "call":
+            return request["name"]
+        if request["do"] != "on":
+            return ""
+        if owner := self._made_by.get(request["kept"].number):
+            return owner if request["name"] == "__call__" else f"{owner}.{request['name']}"
+        # An object of ours that is handed one of the student's.
+        handed = (self._made_by.get(part.number) for part in request["args"] if isinstance(part, Kept))
+        return next(filter(None, handed), "")
 
     def exchange(self, message: bytes) -> bytes:
         if self._line is None:
             if time.monotonic() >= self._end:
                 raise Dead(f"the notebook used up its {self._limits.total_seconds:.0f} s before this check")
+            if not self.spent:
+                raise Dead("your code's process ended earlier in this check")
             raise Dead("your code's process ended before this check, too often to start it again")
         try:
             return self._line.exchange(message, self._until, self._limits.answer_bytes)
@@ -168,7 +212,8 @@ class _Line:
     def _receive(self, until: float, most: int, started: float | None = None) -> bytes:
         size = int.from_bytes(self._read(8, until, started), "big")
         if size > most:
-            raise Dead(f"your code's answer is too large: {size / 2**20:.0f} MB; the most is {most / 2**20:.0f} MB")
+            # Without its size, which a submission can choose: this is said of hidden checks too.
+            raise Dead(f"your code's answer is too large; the most is {most / 2**20:.0f} MB")
         return self._read(size, until, started)
 
     def _read(self, size: int, until: float, started: float | None) -> bytes:

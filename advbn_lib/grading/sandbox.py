@@ -18,7 +18,8 @@ without special rights are used:
     Always, with either: no new process or program that outlives the submission (one process, threads only), no socket, no
     signal to and no look into another process, no change of file modes, owners and times, no memory that is not counted.
 limits
-    Memory, size of files, open files, processor time, time for each answer; no core dumps. The memory limit is on the
+    Memory, size of files, open files, processor time, time for each answer; no core dumps. 256 threads, where the grader is
+    root and gives the submission a user of its own; else their number is bounded by their memory alone. The memory limit is on the
     process's own memory, watched ten times a second; a jump between two looks is cut by the limit on private memory.
 
 What is in force is tried out, not assumed: before the first submission a probe tries to read the hidden checks, to reach a
@@ -40,12 +41,19 @@ import os
 import shutil
 import site
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import advbn_lib
 from advbn_lib.grading.local import BEING_GRADED
@@ -61,6 +69,8 @@ _DEVICES = (
 )  # fmt: skip
 _CHOICES = (("namespaces", "seccomp"), ("landlock", "seccomp"))
 _FIRST_USER, _USERS = 40_000, 20_000
+_FOLDERS, _LOCK = "advbn-room-", "lock"
+_YOUNG, _OLD = 60.0, 86_400.0  # seconds: a folder that is being made; one without a lock that nobody comes back for
 
 
 class SandboxRefused(RuntimeError):
@@ -77,7 +87,7 @@ class Limits:
         total_seconds: for the whole grading of a submission.
         start_seconds: for Python and torch to start, before the submission's code runs.
         answer_bytes: the largest answer to a check.
-        restarts: how often a process that ended is started again, without the cell that ended it.
+        restarts: how often a process that ended is started again, without the cell that ended it; for one function twice.
         threads: of torch.
     """
 
@@ -87,7 +97,7 @@ class Limits:
     total_seconds: float = 1800.0
     start_seconds: float = 180.0
     answer_bytes: int = 128 * 2**20
-    restarts: int = 8
+    restarts: int = 24
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -143,8 +153,11 @@ class Sandbox:
     weak: bool = False
 
     def __post_init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="advbn-room-")).resolve()
+        _delete_abandoned(Path(tempfile.gettempdir()))
+        self._folder = Path(tempfile.mkdtemp(prefix=_FOLDERS)).resolve()
+        self._lock: int | None = None
         try:
+            self._lock = _locked(self._folder / _LOCK)
             (self._folder / "root").mkdir()
             _copy_library(self._folder / "library" / "advbn_lib", self.withheld)
             self.isolation = self._choose()
@@ -161,6 +174,9 @@ class Sandbox:
     def close(self) -> None:
         """Delete the temporary files."""
         _delete(self._folder)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def start(self, command: list[str], keep: tuple[int, ...] = (), **streams: int) -> Room:
         """Start ``python COMMAND`` in a new room; ``keep`` are descriptors that it inherits."""
@@ -406,6 +422,37 @@ def _delete(folder: Path) -> None:
         pass  # a thousand folders in each other; the next line has no such limit
     if folder.exists() and os.name == "posix":
         subprocess.run(["rm", "-rf", "--", str(folder)], check=False, stderr=subprocess.DEVNULL)
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor that holds the lock on a file until it is closed or this process ends; None if it is held, or cannot be."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _delete_abandoned(place: Path) -> None:
+    """Delete the folders of graders that were killed before they could do it: they are ours, and nobody holds their lock."""
+    for folder in place.glob(f"{_FOLDERS}*"):
+        try:
+            facts = folder.lstat()
+            age = time.time() - facts.st_mtime
+            if fcntl is None or not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or age < _YOUNG:
+                continue
+            if not (folder / _LOCK).exists():
+                if age > _OLD:
+                    _delete(folder)
+            elif (lock := _locked(folder / _LOCK)) is not None:
+                _delete(folder)
+                os.close(lock)
+        except OSError:
+            continue  # another grader was faster
 
 
 _PROBE = """

@@ -64,8 +64,8 @@ class Trace:
     """One thing that a call left behind.
 
     Attributes:
-        kind: "input" (a tensor argument was changed in place), "random" (torch's random state), or of a Given or Kept
-            argument that is a module: "buffer", "parameter", "mode" (train/eval), "gradient", "flag" (requires_grad),
+        kind: "input" (a tensor argument was changed in place), "flag" (its requires_grad), "random" (torch's random state),
+            or of a Given or Kept argument that is a module: "buffer", "parameter", "mode" (train/eval), "gradient", "flag" (requires_grad),
             "hook".
         argument: which argument: "0", "1", ... or the keyword; "" for the random state.
         name: of the buffer, parameter or module; "" for a tensor argument and the random state.
@@ -137,6 +137,9 @@ class Student(Protocol):
     def on(self, kept: Kept, method: str, *args: Any, **kwargs: Any) -> Any:
         """The value of ``kept.method(*args, **kwargs)``; ``"__call__"`` calls the object itself."""
 
+    def attempt_on(self, kept: Kept, method: str, *args: Any, **kwargs: Any) -> Outcome:
+        """As :meth:`on`, but an error that the method raises is an answer too, as in :meth:`attempt`."""
+
     def look_at(self, kept: Kept, attribute: str) -> Any:
         """The value of ``kept.attribute``; dots go deeper (``"bn.running_mean"``)."""
 
@@ -151,18 +154,20 @@ class Check:
     Attributes:
         name: short, unique in its task.
         says: what must hold, in a sentence; shown with the result, for a hidden check too.
-        run: questions the student; returns if it holds, raises Wrong if not.
+        run: questions the student; raises Wrong if it does not hold, returns if it does: None, or what there is to say.
         points: what it is worth.
         hidden: used for grading only, never in the student's notebook.
         seconds: the most that the student's answers may take, all together.
+        needs: name of an earlier check of the task. In a notebook this one is not tried if that one does not hold.
     """
 
     name: str
     says: str
-    run: Callable[[Student], None]
+    run: Callable[[Student], str | None]
     points: float = 1.0
     hidden: bool = False
     seconds: float = 30.0
+    needs: str = ""
 
     def __post_init__(self) -> None:
         if not self.points >= 0 or not self.seconds > 0:
@@ -178,7 +183,11 @@ class Task:
     checks: tuple[Check, ...]
 
     def __post_init__(self) -> None:
-        _unique([check.name for check in self.checks], f"checks of task {self.name!r}")
+        names = [check.name for check in self.checks]
+        _unique(names, f"checks of task {self.name!r}")
+        for place, check in enumerate(self.checks):
+            if check.needs and check.needs not in names[:place]:
+                raise ValueError(f"check {check.name!r} needs {check.needs!r}, which is no check before it")
 
 
 @dataclass(frozen=True)

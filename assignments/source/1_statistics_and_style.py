@@ -4,7 +4,7 @@
 # **What you will be able to do.** Take means and standard deviations over the right axes. Move the style of one image to another.
 # Say what mean and standard deviation leave out. Say where a gradient flows, and where it does not.
 #
-# **Before you start.** Read [chapter 1](../../notebooks/01_style_lives_in_statistics.ipynb).
+# **Before you start.** Read [chapter 1](https://github.com/advbn-book/advbn-book/blob/HEAD/notebooks/01_style_lives_in_statistics.ipynb).
 #
 # **How long it takes.** Two to three hours. Nothing is downloaded, and all cells run in seconds on a laptop.
 #

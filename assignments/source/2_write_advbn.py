@@ -4,21 +4,21 @@
 # **What you will be able to do.** Write the adversary of AdvBN, the two sets of batch normalisation and the training step, each right in every detail.
 # And write tests that would notice if a detail were wrong.
 #
-# **Before you start.** Read [chapter 2](../../notebooks/02_advbn_from_scratch.ipynb), and do assignment 1.
+# **Before you start.** Read [chapter 2](https://github.com/advbn-book/advbn-book/blob/HEAD/notebooks/02_advbn_from_scratch.ipynb), and do assignment 1.
 #
-# **How long it takes.** Three to four hours. Nothing is downloaded, and all cells run in seconds on a laptop.
+# **How long it takes.** Three to four hours. Nothing is downloaded. The cells run in seconds on a laptop; the last check alone, which runs your tests on many layers, takes up to a minute.
 #
 # **How it is graded.** The checks below each task answer at once. Grading adds other settings and the edges. Task 6 is graded in another way: *your* tests
 # are run on wrong layers, and each wrong layer that they find counts. Keep the names and arguments of the functions.
 #
 # | task | minutes | points |
 # |---|---|---|
-# | 1 What the adversary may do | 30 | 7 |
-# | 2 One step up | 30 | 3 |
+# | 1 What the adversary may do | 30 | 7½ |
+# | 2 One step up | 30 | 7 |
 # | 3 The whole ascent | 40 | 11 |
-# | 4 Two sets of batch normalisation | 30 | 6 |
-# | 5 The layer and a training step | 40 | 8 |
-# | 6 Tests that find mistakes | 60 | 14¼ |
+# | 4 Two sets of batch normalisation | 30 | 7 |
+# | 5 The layer and a training step | 40 | 20 |
+# | 6 Tests that find mistakes | 60 | 22½ |
 # | 7 To think about | 10 | not graded |
 
 # %%
@@ -39,11 +39,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advbn_lib.assignments.given import small_batch, small_tail
+from advbn_lib.assignments.suites import run_all
 from advbn_lib.grading import check
 
 # %% [markdown]
 # To try things you need the upper part of a network, and features that go into it. `small_tail(seed)` is a small tail with two BatchNorms, one of them inside a block, and
-# with running statistics as after a training. `small_batch(seed)` gives features $(N, C, H, W)$ and labels that fit it. Both are in float64, so that rounding does not hide a mistake.
+# with running statistics as after a training. It comes in eval mode; `small_tail(seed, training=True)` is in train mode. `small_batch(seed)` gives features $(N, C, H, W)$ and labels that fit it. Both are in float64, so that rounding does not hide a mistake.
 
 # %%
 tail, (x, labels) = small_tail(seed=0), small_batch(seed=0)
@@ -56,7 +57,9 @@ print(f"features {tuple(x.shape)}, logits {tuple(tail(x).shape)}, labels {labels
 #
 # $$ x'(a, b) = \max\big(0,\; b \cdot (x - \mu) + a \cdot \mu \big) $$
 #
-# The $\max$ is there because the features come out of a ReLU: below 0 nothing can come.
+# Here $a$ is `mean_factor`, $b$ is `std_factor`, and $\mu$ is the batch mean of each channel, over N, H and W.
+#
+# The $\max$ is there because in a network the features come out of a ReLU: below 0 nothing can come. (In the features of `small_batch` all values are above 0.)
 #
 # With the paper's $\epsilon = 1.1$ the interval reaches a little below 0. That is meant so.
 
@@ -95,10 +98,10 @@ def random_factors(x: Tensor, eps: float, generator: torch.Generator | None = No
 
     Args:
         x: features, N,C,H,W.
-        generator: where all random numbers come from.
+        generator: where all random numbers come from; torch's global ones if it is None.
 
     Returns:
-        (mean_factor, std_factor), both 1,C,1,1.
+        (mean_factor, std_factor), both 1,C,1,1, of the type of x, and drawn independently.
     """
     ### BEGIN SOLUTION
     shape = (2, 1, x.shape[1], 1, 1)
@@ -162,7 +165,7 @@ check("write_advbn.one_step")
 # ## 3 The whole ascent
 #
 # **Intuition.** Start where nothing changes, and climb. The attack only *asks* the network. So the network must be the same afterwards: its weights, its running statistics, the gradients in its parameters, and the mode of
-# *each* of its modules, also if something goes wrong on the way. Torch's random numbers are left alone too.
+# *each* of its modules. The modes come back also if something goes wrong on the way. Torch's random numbers are left alone too.
 #
 # The questions are asked in eval mode, whatever the mode of the tail is when you get it.
 #
@@ -178,6 +181,8 @@ def attack(
     tail: nn.Module, x: Tensor, labels: Tensor, eps: float = 1.1, step_size: float = 0.2, steps: int = 6
 ) -> tuple[Tensor, Tensor]:
     """The worst factors for these features, found in some steps from 1, with the tail in eval mode.
+
+    It works where gradients are switched off (``torch.no_grad()``), too.
 
     Args:
         tail: features to logits (N,K). It is left as it was.
@@ -211,12 +216,12 @@ check("write_advbn.the_attack")
 # **Intuition.** Clean and perturbed features have different statistics; that is what the adversary is for. So each BatchNorm exists twice, and everything else once. The second one begins as a *copy* of the first, with its weights and its
 # running statistics. From then on each learns from its own batches only.
 #
-# `add_second_batch_norm` changes the tail in place. It finds all BatchNorms, at any depth: look at `print(tail)`. `use_branch` chooses which set is used from now on. After `add_second_batch_norm` it is the clean one.
+# `add_second_batch_norm` changes the tail in place. It finds every `nn.BatchNorm2d`, at any depth: look at `print(tail)`. It is called once for a tail, and a tail is not itself a BatchNorm; you need not think of these cases. `use_branch` chooses which set is used from now on. After `add_second_batch_norm` it is the clean one.
 
 
 # %%
 def add_second_batch_norm(tail: nn.Module) -> None:
-    """Give every nn.BatchNorm2d in ``tail`` a second one beside it, in place."""
+    """Give every nn.BatchNorm2d in ``tail``, at any depth, a second one beside it, in place."""
     ### BEGIN SOLUTION
     for name, child in list(tail.named_children()):
         if isinstance(child, nn.BatchNorm2d):
@@ -273,7 +278,7 @@ check("write_advbn.two_sets")
 # | clean loss | clean | as the layer is |
 # | predict | as asked for | eval |
 #
-# After each call the tail is on the clean set again. The features belong to frozen layers below: no gradient flows into them.
+# After each call the tail is on the clean set again, also if the call failed. After the attack and after `predict` the modes are as before, also if they failed. The features belong to frozen layers below: no gradient flows into them.
 
 
 # %%
@@ -308,14 +313,20 @@ class AdvBNLayer(nn.Module):
         x = features.detach()
         perturbed = change_statistics(x, *self.attack(x, labels))
         use_branch(self.tail, "adversarial")
-        adversarial = F.cross_entropy(self.tail(perturbed), labels)
-        use_branch(self.tail, "clean")
+        try:
+            adversarial = F.cross_entropy(self.tail(perturbed), labels)
+        finally:
+            use_branch(self.tail, "clean")
         return F.cross_entropy(self.tail(x), labels), adversarial
         ### END SOLUTION
 
     @torch.no_grad()
     def predict(self, features: Tensor, branch: str = "clean") -> Tensor:
-        """Logits (N,K) through one set of BatchNorms, in eval mode; all modes are put back."""
+        """Logits (N,K) through one set of BatchNorms, in eval mode; all modes are put back.
+
+        Raises:
+            ValueError: for a branch other than "clean" and "adversarial".
+        """
         ### BEGIN SOLUTION
         before = [(module, module.training) for module in self.modules()]
         use_branch(self.tail, branch)
@@ -330,6 +341,8 @@ class AdvBNLayer(nn.Module):
 
 def training_step(layer: AdvBNLayer, features: Tensor, labels: Tensor, lr: float) -> tuple[float, float]:
     """One step of plain gradient descent on the sum of the two losses, on all parameters of the layer.
+
+    The layer stays in the mode in which it is. Gradients left from before do not count.
 
     Args:
         lr: every parameter moves by ``-lr`` times its gradient. No momentum, no weight decay.
@@ -358,19 +371,21 @@ check("write_advbn.the_layer")
 #
 # Write `tests_of_mine(Layer)`. `Layer` is a class with the interface of `AdvBNLayer` above. The function returns if all is well and raises an error (an `assert` is enough) if something is wrong. It is called with
 #
-# - correct layers: they must pass. There are two, *written in different ways*. A test that asks how a layer does something, and not what it does, fails on one of them.
-# - many wrong layers: each that fails counts. Which mistakes there are, you see here for eight of them. For the others think of everything that can go wrong.
+# - correct layers: they must pass. There are two, *written in different ways*. A test that asks how a layer does something, and not what it does, fails on one of them. Both do all that tasks 1 to 5 ask of a layer.
+# - wrong layers, about sixty: each that fails counts. The check below names the mistakes of eight of them. For the others think of everything that can go wrong. Those that show only in rare cases (after an error, in other modes and settings, under `torch.no_grad()`) count three times as much as the plain ones.
 #
 # A wrong layer counts as found only if the tests pass on a correct one that is tried beside it. So tests that always fail earn nothing.
 #
-# All you may rely on is the interface: `Layer(tail, eps=..., step_size=..., steps=...)`, `.attack`, calling it, `.predict`, and the `tail` that you pass in. Keep it fast: all tests together should take less than about two seconds.
+# All you may rely on is the interface: `Layer(tail, eps=..., step_size=..., steps=...)`, `.attack`, calling it, `.predict`, and the `tail` that you pass in. Keep it fast: about two seconds for all tests together are plenty. The check says how long they take; ten seconds are the most. (Grading allows two minutes for each cell of this notebook, and half an hour for all of it.)
+#
+# It is best to write several tests, each a function of `Layer`, and to let `run_all` run them: `run_all(Layer, test_this, test_that)`. It goes on after a failure, and its error names every test that failed and the line.
 #
 # <details><summary>Hints</summary>
 #
 # - Compare with what *you* wrote: `attack(small_tail(0), x, labels, ...)` should find the same factors.
 # - At a factor of exactly 0 everything is cut off, and rounding decides where the next step goes. Two correct layers may differ there. A step size of 0.23 avoids it, 0.2 does not.
 # - Do not test with the default settings alone. Which settings would show that `eps` is ignored?
-# - Notice what is *left behind*: modes, running statistics, gradients, `requires_grad`, the features, the branch that `tail(x)` uses, and torch's random numbers (draw one first!).
+# - Notice what is *left behind*: modes, running statistics, gradients, `requires_grad`, the features, the branch that `tail(x)` uses, and torch's random numbers. Draw one right before *each* look: an earlier call may have seeded already, and seeding again then changes nothing.
 # - A tail need not be in train mode in all of its parts.
 # - A test can train: after a step in which you know what each set has seen, you know what each branch must predict.
 #
@@ -381,19 +396,22 @@ check("write_advbn.the_layer")
 def tests_of_mine(Layer: type[nn.Module]) -> None:
     """Raise an error if ``Layer`` is not a right AdvBN layer."""
     ### BEGIN SOLUTION
-    for test in (test_factors, test_traces, test_after_an_error, test_two_sets, test_losses_and_gradients):
-        test(Layer)
+    run_all(
+        Layer, test_factors, test_traces, test_dead_channel, test_after_errors, test_branches, test_two_sets,
+        test_losses_and_gradients, test_eval_mode,
+    )  # fmt: skip
 
 
 def test_factors(Layer: type[nn.Module]) -> None:
     for seed, eps, step_size, steps in ((0, 1.1, 0.23, 6), (1, 0.3, 0.25, 1), (2, 0.2, 0.15, 3), (3, 1.1, 0.7, 4)):
-        x, labels = small_batch(seed)
         layer = Layer(small_tail(seed, training=True), eps=eps, step_size=step_size, steps=steps)
-        found = layer.attack(x, labels)
-        wanted = attack(small_tail(seed), x, labels, eps, step_size, steps)
-        for have, want in zip(found, wanted, strict=True):
-            assert have.shape == want.shape and not have.requires_grad
-            assert torch.allclose(have, want)
+        for batch in (seed, seed + 20):  # what was found for one batch is nothing for the next
+            x, labels = small_batch(batch)
+            found = layer.attack(x, labels)
+            wanted = attack(small_tail(seed), x, labels, eps, step_size, steps)
+            for have, want in zip(found, wanted, strict=True):
+                assert have.shape == want.shape and not have.requires_grad
+                assert torch.allclose(have, want)
 
 
 def test_traces(Layer: type[nn.Module]) -> None:
@@ -401,33 +419,105 @@ def test_traces(Layer: type[nn.Module]) -> None:
     tail = small_tail(4, training=True)
     layer = Layer(tail, step_size=0.23)
     tail[0].eval()
-    torch.rand(3)
-    random_state, x_before = torch.get_rng_state(), x.clone()
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    x_before = x.clone()
     modes = [module.training for module in layer.modules()]
     state = {name: value.clone() for name, value in layer.state_dict().items()}
-    layer.attack(x, labels)
-    layer.predict(x)
-    layer.predict(x, "adversarial")
+    with torch.no_grad():
+        without_gradients = layer.attack(x, labels)
+    for call in (lambda: layer.attack(x, labels), lambda: layer.predict(x), lambda: layer.predict(x, "adversarial")):
+        torch.rand(3)
+        random_state = torch.get_rng_state()
+        call()
+        assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(one, other) for one, other in zip(without_gradients, layer.attack(x, labels)))
     assert torch.equal(x, x_before)
-    assert torch.equal(torch.get_rng_state(), random_state)
     assert [module.training for module in layer.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in layer.parameters())
+    for parameter in layer.parameters():
+        assert parameter.requires_grad and torch.equal(parameter.grad, torch.ones_like(parameter))
 
 
-def test_after_an_error(Layer: type[nn.Module]) -> None:
+def test_dead_channel(Layer: type[nn.Module]) -> None:
+    x, labels = small_batch(8)
+    x[:, 1] = 0
+    for factor in Layer(small_tail(8), step_size=0.23).attack(x, labels):
+        assert (factor[0, 1] == 1).all()
+
+
+def trained(Layer: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """A layer whose two sets of BatchNorms differ, and its tail; in eval mode."""
+    tail = small_tail(5, training=True)
+    layer = Layer(tail, step_size=0.23, steps=2)
+    for seed in (5, 6):
+        layer(*small_batch(seed))
+    return layer.eval(), tail
+
+
+class Fails(nn.Module):
+    """Raises an error when it is called for the n-th time, so that any part of a call can fail."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self.left = at
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("on purpose")
+        return x
+
+
+def test_after_errors(Layer: type[nn.Module]) -> None:
     x, labels = small_batch(5)
-    layer = Layer(small_tail(5, training=True))
+    calls = (lambda layer: layer.attack(x, labels), lambda layer: layer(x, labels), lambda layer: layer.predict(x, "adversarial"))
+    for call, most in zip(calls, (2, 4, 1)):
+        for at in range(1, most + 1):
+            layer, tail = trained(Layer)
+            wanted = tail(x)
+            layer.train()
+            tail[3].eval()
+            modes = [module.training for module in tail.modules()]
+            failing = Fails(at)
+            hook = tail[-1].register_forward_hook(lambda module, inputs, output: failing(output))
+            try:
+                call(layer)
+            except RuntimeError:
+                pass
+            else:
+                raise AssertionError("the error is lost")
+            hook.remove()
+            assert [module.training for module in tail.modules()] == modes
+            if at == 1:  # the running statistics have not moved yet
+                layer.eval()
+                assert torch.equal(tail(x), wanted)
+            layer.eval()
+            assert torch.allclose(tail(x), layer.predict(x)), "the tail is not on the clean set"
+
+
+def test_branches(Layer: type[nn.Module]) -> None:
+    x, labels = small_batch(5)
+    layer, tail = trained(Layer)
+    clean, adversarial = layer.predict(x), layer.predict(x, "adversarial")
+    assert not torch.allclose(clean, adversarial)
+    for call in (
+        lambda: layer.attack(x, labels), lambda: layer(x, labels), lambda: layer.predict(x), lambda: layer.predict(x, "adversarial"),
+    ):  # fmt: skip
+        call()
+        assert torch.allclose(tail(x), clean), "the tail is not on the clean set"
     try:
-        layer.attack(x, labels[:2])
+        layer.predict(x, "other")
     except ValueError:
-        pass
-    assert all(module.training for module in layer.modules())
+        return
+    raise AssertionError("there is no such branch")
 
 
 def test_two_sets(Layer: type[nn.Module]) -> None:
     x, labels = small_batch(6)
     tail, fresh, seen = small_tail(6, training=True), small_tail(6), small_tail(6, training=True)
+    for one in (tail, seen):
+        one[2].momentum = 0.3
     layer = Layer(tail, step_size=0.23)
     for branch in ("clean", "adversarial"):
         assert torch.allclose(layer.predict(x, branch), fresh(x))
@@ -444,6 +534,8 @@ def test_losses_and_gradients(Layer: type[nn.Module]) -> None:
     x, labels = small_batch(7)
     x.requires_grad_()
     tail, clean_tail, worst_tail = (small_tail(7, training=True) for _ in range(3))
+    for one in (tail, clean_tail, worst_tail):
+        one[2].momentum = 0.3
     layer = Layer(tail, step_size=0.23)
     clean, adversarial = layer(x, labels)
     factors = attack(worst_tail, x, labels, step_size=0.23)
@@ -456,6 +548,18 @@ def test_losses_and_gradients(Layer: type[nn.Module]) -> None:
     assert torch.allclose(tail[-1].weight.grad, clean_tail[-1].weight.grad + worst_tail[-1].weight.grad)
     assert torch.allclose(layer.predict(x), clean_tail.eval()(x))
     assert torch.allclose(layer.predict(x, "adversarial"), worst_tail.eval()(x))
+
+
+def test_eval_mode(Layer: type[nn.Module]) -> None:
+    x, labels = small_batch(9)
+    layer = Layer(small_tail(9), step_size=0.23).eval()
+    clean, adversarial = layer(x, labels)
+    fresh = small_tail(9)
+    worst = change_statistics(x, *attack(fresh, x, labels, step_size=0.23))
+    assert torch.allclose(clean, F.cross_entropy(fresh(x), labels))
+    assert torch.allclose(adversarial, F.cross_entropy(fresh(worst), labels))
+    assert not any(module.training for module in layer.modules())
+    assert torch.allclose(layer.predict(x), fresh(x))
     ### END SOLUTION
 
 

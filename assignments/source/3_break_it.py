@@ -3,7 +3,7 @@
 #
 # **What you will be able to do.** Attack a classifier. See that an attack failed because of the *attack*, and not because the classifier is robust. Write an attack that is made for the defence, which is called an *adaptive* attack.
 #
-# **Before you start.** Read chapter 9 of the book, or any introduction to projected gradient descent (PGD), and do assignment 2.
+# **Before you start.** Read [chapter 9](https://github.com/advbn-book/advbn-book/blob/HEAD/notebooks/09_pixels.ipynb), or any introduction to projected gradient descent (PGD), and do assignment 2.
 #
 # **How long it takes.** Two to three hours. The networks here learn scikit-learn's handwritten digits (8 by 8 pixels) in a few seconds. Nothing is downloaded.
 #
@@ -48,7 +48,7 @@ RADIUS = 0.2  # in the units of a pixel, which goes from 0 to 1
 #
 # **Intuition.** Climb the loss with the pixels, by steps along the sign of the gradient. After each step come back into the ball of the radius around the image, and into $[0, 1]$.
 #
-# `losses` maps images (N,1,8,8) to one loss for each (N,). Your function does not know which loss that is; you will need this freedom below. Good choices for a start: 20 steps of a quarter of the radius.
+# `losses` maps images (N,1,8,8) to one loss for each (N,). Your function does not know which loss that is; you will need this freedom below. Good choices for a start: 20 steps of a quarter of the radius each. The step is a quarter of the radius for any other number of steps, too. Of a network without a defence, 10 % of the answers or fewer may be left.
 
 
 # %%
@@ -113,11 +113,11 @@ if looking():
 #
 # **Intuition.** When an attack fails, first look at the gradient that it followed. If it is exactly 0, the attack has not been resisted: it never moved.
 #
-# Write `zero_gradients`: for each image, is the gradient of the cross-entropy in its pixels exactly 0, all of it? Then say for each defence why the plain attack fails. The reasons to choose from:
+# Write `zero_gradients`: for each image, is the gradient of the cross-entropy in its pixels exactly 0, all of it? Then say for each defence why the plain attack fails. The reasons to choose from, each with what it means. Your function returns the string before the colon, without the meaning:
 
 # %%
 for name, meaning in REASONS.items():
-    print(f"{name}: {meaning}")
+    print(f"{name!r}: {meaning}")
 
 
 # %%
@@ -148,7 +148,7 @@ def reason(kind: str) -> str:
         kind: "confident", "rounded" or "experts".
 
     Returns:
-        One of the names in REASONS.
+        One of the keys of REASONS, such as "a smaller radius".
     """
     ### BEGIN SOLUTION
     reasons = {"confident": "the loss saturates", "rounded": "a step function", "experts": "a detached part"}
@@ -173,7 +173,7 @@ if looking():
 #
 # ## 3 The confident network
 #
-# Now attack. The attack gets the defence itself. You may call it and take it apart (`defence.network`, and so on). What counts are the defence's own answers to your images.
+# Now attack. The attack gets the defence itself. You may call it and take it apart (`defence.network`, and so on). After your attack the defence should be right on 50 % of the images or fewer (a first success), and on 15 % or fewer (it is broken). This holds for all three. What counts are the defence's own answers to your images.
 #
 # <details><summary>Hint</summary>
 #
@@ -249,7 +249,7 @@ check("break_it.experts")
 #
 # 1. Before you believe that a defence is robust, which three things would you look at?
 # 2. Accuracy should never rise when the radius grows, and a random start should not be better than a gradient. Why are these useful checks on an *attack*?
-# 3. The predictor of chapter 9 chooses between sets of BatchNorm by the image. In an attack on it, must the gradient flow through the predictor? What does this book's evaluation do about it?
+# 3. The predictor of [chapter 9](https://github.com/advbn-book/advbn-book/blob/HEAD/notebooks/09_pixels.ipynb) chooses between sets of BatchNorm by the image. In an attack on it, must the gradient flow through the predictor? What does this book's evaluation do about it?
 # 4. Is a defence whose code is secret robust? How would you attack it?
 
 # %% tags=["instructor"]

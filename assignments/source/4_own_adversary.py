@@ -3,7 +3,7 @@
 #
 # **What you will be able to do.** Invent a perturbation set, write it so that any ascent can use it, and find out, in a way that a sceptic would accept, whether training against it is better than training with noise.
 #
-# **Before you start.** Do assignments 2 and 3. Look at how [chapter 2](../../notebooks/02_advbn_from_scratch.ipynb) and [chapter 7](../../notebooks/07_afan_from_scratch.ipynb) use one ascent for different sets.
+# **Before you start.** Do assignments 2 and 3. Look at how [chapter 2](https://github.com/advbn-book/advbn-book/blob/HEAD/notebooks/02_advbn_from_scratch.ipynb) and [chapter 7](https://github.com/advbn-book/advbn-book/blob/HEAD/notebooks/07_afan_from_scratch.ipynb) use one ascent for different sets.
 #
 # **How long it takes.** Three to four hours, of which the computer works for less than half an hour. Nothing is downloaded.
 #
@@ -50,14 +50,15 @@ from advbn_lib.grading import check
 # | `start(x)` | the delta that changes nothing |
 # | `sample(x, generator)` | a random delta of the set |
 # | `apply(x, delta)` | what the delta makes of the images |
-# | `project(x, delta)` | a delta of the set for any delta, and the same delta for one that is in the set |
+# | `project(x, delta)` | a delta of the set for any delta; one that is in the set stays as it is, up to rounding |
 #
 # and `per_sample = True` says that each image has a delta of its own. The laws that follow from this are checked:
 #
 # - `apply(x, start(x))` is `x`, and the start is in the set;
 # - projecting twice is the same as projecting once, and the set has a border;
 # - a sample is in the set, and all its random numbers come from the generator;
-# - `apply` keeps the shape and the range $[0, 1]$, is a function of `x` and `delta` alone, image by image, and a gradient flows to `delta`.
+# - `apply` keeps the shape, is a function of `x` and `delta` alone, image by image, and a gradient flows to `delta`;
+# - for any delta *of the set* (so after `project`), the changed images are in $[0, 1]$. What `apply` makes of other deltas is not looked at. Either `project` sees to it, as in the pixel ball, or `apply` cuts its result.
 #
 # ## 1 A set that you know
 #
@@ -110,7 +111,7 @@ check("own_adversary.pixel_ball")
 # %% [markdown]
 # ## 2 How a result is judged
 #
-# **The test.** Somebody moves a lamp: soft light and shadow are laid over the digits (a coarse 3 by 3 grid of brightness, made smooth, none stronger than 0.3), as bad as it can be for the network at hand.
+# **The test.** Somebody moves a lamp: soft light and shadow are *added* to the digits (a coarse 3 by 3 grid of brightness, made smooth, none stronger than 0.3), and the sum is cut to $[0, 1]$. The lamp stands as bad as it can be for the network at hand.
 #
 # **The gain.** Two networks are trained from the same weights, on the same images in the same order, clean and perturbed half and half. One sees what the *adversary* finds in your set. The other sees *noise as large*: each number of the delta goes
 # as far from the start as the adversary moved it, but in a random direction, and the whole is projected. The gain is the difference of the two accuracies under the lamps. So it measures the adversary, and not the set alone.
@@ -125,7 +126,7 @@ def sure_gain(gains: list[float]) -> float:
     """Mean minus unbiased standard deviation over the seeds.
 
     Args:
-        gains: one number for each seed, at least two.
+        gains: one number for each seed, at least two. They are shares: 8 points is 0.08.
     """
     ### BEGIN SOLUTION
     return statistics.mean(gains) - statistics.stdev(gains)

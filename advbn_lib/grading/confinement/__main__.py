@@ -23,6 +23,7 @@ if sys.platform == "linux":  # all at once: later the files are out of sight
     import seccomp
 
 _PROBLEM = 120  # exit status of a child that could not be shut in
+_THREADS = 256  # where the user is nobody else: the kernel counts all that a user runs
 
 
 def main() -> int:
@@ -100,6 +101,7 @@ def _become(config: dict) -> None:
         namespaces.enter_view(config["root"], config["readable"], config["hidden"], work, config["disk"], user)
     _limit(config)
     if user != os.geteuid():
+        resource.setrlimit(resource.RLIMIT_NPROC, (_THREADS, _THREADS))
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
