@@ -457,7 +457,7 @@ def test_stage_touches_only_what_changed(layout):
     build.stage(layout, executed)
     times = {file: file.stat().st_mtime_ns for file in build.sources(layout.stage, "*")}
     assert {file.relative_to(layout.stage).as_posix() for file in times} == {
-        "_config.yml", "book/intro.md", "notebooks/01_first.ipynb", "records/LIST", "records/advbn/cpu-s0.json",
+        "_config.yml", "book/claims.yml", "book/intro.md", "notebooks/01_first.ipynb", "records/LIST", "records/advbn/cpu-s0.json",
     }  # fmt: skip
     layout.root.joinpath("records/advbn/cpu-s0.json").unlink()
     layout.root.joinpath("book/intro.md").write_text("# Other\n")
