@@ -357,8 +357,10 @@ def hang_up(): os.close(int(sys.argv[2])); os.close(int(sys.argv[1]))
 def large(): return torch.zeros(10**6)
 """
     says = {
-        "leave": "ended the process", "killed": "broke off|ended the process", "boast": "too large", "garbage": "could not be read",
-        "twice": "could not be read|more than it was asked", "hang_up": "ended the process|broke off", "large": "too large",
+        "leave": "ended the process", "killed": "broke off|ended the process", "boast": "too large",
+        # After what it wrote itself comes the true answer: whether that is there already is a matter of chance.
+        "garbage": "could not be read|more than it was asked", "twice": "could not be read|more than it was asked",
+        "hang_up": "ended the process|broke off", "large": "too large",
     }  # fmt: skip
     checks = tuple(Check(name, name, lambda s, name=name: s.call(name), seconds=20) for name in says)
     exam = Examination(Assignment(1, "a", "A", (Task("ends", "Ends", checks), TINY.tasks[2])))
