@@ -291,7 +291,7 @@ BENCHES: dict[str, MixingBench] = {
         schedule=Schedule(epochs=2, batch_size=64, lr=0.05), pgd_steps=2, attack_steps=2, attack_restarts=5,
     ),
     "cpu_mixing": MixingBench(
-        data_set="mnist", images=(10_000, None), attacked=500, width=8,
-        schedule=Schedule(epochs=10, batch_size=128, lr=0.05, milestones=(6, 8), warmup=0.5, weight_decay=5e-4),
+        data_set="mnist", images=(6_000, None), attacked=300, width=8, steps=3,
+        schedule=Schedule(epochs=8, batch_size=128, lr=0.05, milestones=(5, 7), warmup=0.5, weight_decay=5e-4),
     ),
 }  # fmt: skip
