@@ -11,7 +11,10 @@ from setuptools import find_packages, setup
 
 packages = find_packages(include=["advbn_lib", "advbn_lib.*"])
 package_dir = {}
-package_data = {"advbn_lib.data": ["*.json", "*.txt"]}  # painting histograms, ImageNet's classes
+package_data = {
+    "advbn_lib.data": ["*.json", "*.txt"],  # painting histograms, ImageNet's classes
+    "advbn_lib.generators": ["*.safetensors"],
+}
 if Path("records").is_dir():
     packages.append("advbn_lib._records")
     package_dir["advbn_lib._records"] = "records"

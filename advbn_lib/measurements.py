@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from advbn_lib import benchmarks, detection_bench, mixing_bench, records, segmentation_bench, step_cost
+from advbn_lib import benchmarks, detection_bench, digits_arena, mixing_bench, mixing_methods, records, segmentation_bench, step_cost
 from advbn_lib.appearance_study import StudyConfig, study
 from advbn_lib.attack_measurements import ATTACK_MEASUREMENTS
 from advbn_lib.data.loader import DeviceLoader
 from advbn_lib.data.sets import load_images
 from advbn_lib.decoder import DecoderConfig
 from advbn_lib.experiments import FROM_SCRATCH
+from advbn_lib.generation_measurements import GENERATION_MEASUREMENTS
 from advbn_lib.measuring import Job, Measurement, Outcome
 from advbn_lib.presets import PRESETS
 from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib, versions
@@ -155,8 +156,33 @@ def _mixing_measurement(method: str) -> Measurement:
         return Outcome(ran.metrics, ran.curves, ran.cost, ran.data, ran.weights)
 
     return Measurement(
-        name, f"Color-MNIST under bias: {mixing_bench.ABOUT[method]}", tuple(mixing_bench.BENCHES),
+        name, f"Color-MNIST under bias: {mixing_methods.ABOUT[method]}", tuple(mixing_bench.BENCHES),
         lambda preset: {"method": method, **asdict(mixing_bench.BENCHES[preset])}, modules, measure, group="mixing",
+    )  # fmt: skip
+
+
+# ---- all methods on coloured digits --------------------------------------------------------
+
+
+def _digits_measurement(method: str) -> Measurement:
+    """``digits_advbn`` and so on: the arena of coloured digits at each level of bias, by one of the methods."""
+    modules, name = ("advbn_lib.digits_arena",), f"digits_{method}"
+
+    def measure(job: Job) -> Outcome:
+        folder = job.runs_folder / name / f"{job.preset}-s{job.seed}"
+        arena = digits_arena.ARENAS[job.preset]
+        ran = digits_arena.run_digits_arena(
+            arena, method, job.seed, job.device, code_hash(modules), folder, job.show_progress
+        )
+        return Outcome(ran.metrics, ran.curves, ran.cost, ran.data, ran.weights)
+
+    def config(preset: str) -> dict[str, Any]:
+        arena = digits_arena.ARENAS[preset]
+        return {"method": method, **asdict(arena), "parts": [asdict(part) for part in arena.schedules(method)]}
+
+    return Measurement(
+        name, f"coloured digits, all methods side by side: {digits_arena.ABOUT[method]}", tuple(digits_arena.ARENAS), config,
+        modules, measure, group="digits",
     )  # fmt: skip
 
 
@@ -181,6 +207,8 @@ MEASUREMENTS = {
         *ATTACK_MEASUREMENTS,
         *(_bench_measurement(task, method) for task in BENCHES for method in METHODS),
         *map(_mixing_measurement, mixing_bench.METHODS),
+        *map(_digits_measurement, digits_arena.METHODS),
+        *GENERATION_MEASUREMENTS,
     )
 }  # fmt: skip
 

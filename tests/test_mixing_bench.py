@@ -8,11 +8,10 @@ import json
 import pytest
 import torch
 
-from advbn_lib import mixing_bench
 from advbn_lib.data.colour_mnist import PALETTE
 from advbn_lib.data.images import DataError
+from advbn_lib.methods.advmix import RandMix
 from advbn_lib.mixing_bench import (
-    ABOUT,
     BENCHES,
     BIASED,
     METHODS,
@@ -20,6 +19,8 @@ from advbn_lib.mixing_bench import (
     level_name,
     run_mixing_bench,
 )
+from advbn_lib.mixing_methods import ABOUT
+from advbn_lib.mixing_trials import encoded
 from advbn_lib.training import Schedule
 
 pytest.importorskip("sklearn")
@@ -75,7 +76,7 @@ def test_a_level_does_not_depend_on_the_ones_before_it():
 def test_killed_between_levels_and_within_one_it_ends_as_if_never_stopped(tmp_path, monkeypatch):
     bench = short(schedule=Schedule(epochs=2, batch_size=64, lr=0.05))
     whole = run(bench)
-    choose, calls = mixing_bench.RandMix.choose_style, []
+    choose, calls = RandMix.choose_style, []
 
     def killed(self, batch, labels):
         calls.append(len(batch))
@@ -83,7 +84,7 @@ def test_killed_between_levels_and_within_one_it_ends_as_if_never_stopped(tmp_pa
             raise KeyboardInterrupt
         return choose(self, batch, labels)
 
-    monkeypatch.setattr(mixing_bench.RandMix, "choose_style", killed)
+    monkeypatch.setattr(RandMix, "choose_style", killed)
     with pytest.raises(KeyboardInterrupt):
         run(bench, folder=tmp_path)
     assert len(list(tmp_path.glob("level-*.pt"))) == 1 and len(list(tmp_path.glob("training-*.pt"))) == 1
@@ -119,7 +120,7 @@ def test_training_colours_say_the_class_and_test_colours_do_not():
         nearest = torch.cdist(digits.colours, torch.tensor(PALETTE) / 255).argmin(1)
         share = (nearest == digits.images.labels).float().mean()
         assert share > 0.8 if wanted else share < 0.2
-    assert torch.equal(mixing_bench.encoded(test).content[:, 0], test.grey.float() / 255)
+    assert torch.equal(encoded(test).content[:, 0], test.grey.float() / 255)
 
 
 def test_the_sizes_that_runs_use_have_all_levels():

@@ -1,0 +1,136 @@
+"""One trial of a bench of mixing: a network trained with one method on images in one colour each, and tested under mixing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from advbn_lib.checkpoints import read_checkpoint, save_checkpoint
+from advbn_lib.data.images import ImageSet
+from advbn_lib.methods.advmix import climb_of
+from advbn_lib.methods.base import Method
+from advbn_lib.mixing import ColourDecoder, Encoded, Mixer, MixingLoader
+from advbn_lib.mixing_methods import Builder, MixingSizes
+from advbn_lib.mixing_robustness import MixingAttack, mixing_accuracy
+from advbn_lib.models.digit_cnn import DigitCNN
+from advbn_lib.provenance import state_checksum
+from advbn_lib.style_mix import StyleBank
+from advbn_lib.training import History, train
+
+BOUNDS = (0.0, 1.0)  # of a colour
+
+
+class Coloured(Protocol):
+    """Labelled images and what they are made of, on one device: ``images = grey * colour``, rounded.
+
+    :class:`~advbn_lib.data.colour_mnist.ColouredDigits` and :class:`~advbn_lib.data.smiles.TintedFaces` are such.
+    """
+
+    @property
+    def images(self) -> ImageSet:
+        """M images, uint8."""
+
+    @property
+    def grey(self) -> Tensor:
+        """uint8, M,H,W: the content."""
+
+    @property
+    def colours(self) -> Tensor:
+        """float32, M,3, in [0,1]: the style."""
+
+
+@dataclass(frozen=True)
+class MixingRun:
+    """What a run of a bench gave; see :class:`advbn_lib.records.Record`."""
+
+    metrics: dict[str, Any]
+    curves: dict[str, Any]
+    cost: dict[str, float]
+    data: dict[str, Any]
+    weights: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """``start``: checksum of the weights that the training began with."""
+
+    method: Method
+    history: History
+    start: str
+
+
+def train_on(
+    train_set: Coloured, sizes: MixingSizes, build: Builder, seed: int, device: torch.device, checkpoint: Path | None, key: str,
+    show_progress: bool,
+) -> Trained:  # fmt: skip
+    """Train a new network; the seed says its weights and the order of the images.
+
+    Args:
+        train_set: on the CPU; the bank has its colours.
+        checkpoint, key: see :func:`advbn_lib.training.train`.
+    """
+    images = train_set.images
+    torch.manual_seed(seed)
+    model = DigitCNN(sizes.width, len(images.classes), train_set.grey.shape[-1])
+    start = state_checksum(model.state_dict())
+    bank = StyleBank(train_set.colours.to(device), images.labels.to(device), BOUNDS)
+    model = model.to(device, memory_format=torch.channels_last)
+    method = build(sizes, model, bank, images)
+    loader = MixingLoader(
+        images, train_set.grey.unsqueeze(1), train_set.colours, sizes.schedule.batch_size, seed, device
+    )
+    history = train(
+        method, loader, sizes.schedule, checkpoint, key, show_progress=show_progress, precision=torch.float32
+    )
+    return Trained(method, history, start)
+
+
+def accuracy_under_mixing(
+    method: Method, attacked: Coloured, others: Coloured, sizes: MixingSizes, show_progress: bool
+) -> list[float]:
+    """Share of ``attacked`` that is right as it is and after each restart so far, mixed with the colours of ``others``.
+
+    Args:
+        attacked, others: real test images, none in both; on the model's device.
+    """
+    images = attacked.images
+    bank = StyleBank(others.colours, others.images.labels, BOUNDS)
+    mixer = Mixer(ColourDecoder(), bank, images.mean, images.std)
+    attack = MixingAttack(sizes.eps, climb_of(sizes.attack_steps), sizes.attack_restarts)
+    return mixing_accuracy(method, mixer, encoded(attacked), images.labels, attack, show_progress)
+
+
+def encoded(coloured: Coloured) -> Encoded:
+    """Images and their codes, as one batch that is in no bank."""
+    images = coloured.images.normalise(coloured.images.images.float() / 255)
+    nowhere = torch.full((len(images),), -1, device=images.device)
+    return Encoded(images, coloured.grey.unsqueeze(1).float() / 255, coloured.colours, nowhere)
+
+
+def once(
+    folder: Path | None, identity: dict[str, Any], trial: Callable[[Path | None, str], tuple[nn.Module, dict[str, Any]]]
+) -> dict[str, Any]:
+    """The row that a trial gives; one that is kept in ``folder`` from the same trial is taken from there.
+
+    Args:
+        folder: None: nothing is kept.
+        identity: all that the row depends on, as JSON.
+        trial: from a file for the checkpoint of its training, and the key of that, to its model and its row.
+    """
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    if folder is None:
+        return trial(None, key)[1]
+    checkpoint, done = (folder / f"{kind}-{key[:12]}.pt" for kind in ("training", "level"))
+    if done.exists() and (stored := read_checkpoint(done))["key"] == key:
+        return stored["progress"]
+    model, row = trial(checkpoint, key)
+    save_checkpoint(done, {"model": model}, row, key)
+    checkpoint.unlink(missing_ok=True)
+    return row
