@@ -1,7 +1,4 @@
-"""The methods that the benches of mixing compare, and the sizes that they share. All of them mix with the exact decoder.
-
-That decoder is a grey image times one colour (:class:`~advbn_lib.mixing.ColourDecoder`). No StyleGAN is in it.
-"""
+"""The methods that the benches of mixing compare, and the sizes that they share."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from advbn_lib.methods.advmix import AdvMix, GreyTraining, Mixup, OnImages, Rand
 from advbn_lib.methods.base import Method
 from advbn_lib.methods.baselines import PlainTraining
 from advbn_lib.methods.pgd_training import PGDTraining
-from advbn_lib.mixing import ColourDecoder
+from advbn_lib.mixing import Decoder
 from advbn_lib.style_mix import StyleBank
 from advbn_lib.training import Schedule
 
@@ -54,7 +51,7 @@ class MixingSizes:
         return self.restarts * (self.steps + 1)
 
 
-Builder = Callable[[MixingSizes, nn.Module, StyleBank, ImageSet], Method]
+Builder = Callable[[MixingSizes, nn.Module, Decoder, StyleBank, ImageSet], Method]
 
 
 def mixed(kind: Callable[..., Method], *fields: str, **options: Any) -> Builder:
@@ -66,32 +63,32 @@ def mixed(kind: Callable[..., Method], *fields: str, **options: Any) -> Builder:
         options: what it takes besides.
     """
 
-    def build(sizes: MixingSizes, model: nn.Module, bank: StyleBank, images: ImageSet) -> Method:
+    def build(sizes: MixingSizes, model: nn.Module, decoder: Decoder, bank: StyleBank, images: ImageSet) -> Method:
         chosen = {"clean_weight": sizes.clean_weight}
         for entry in fields:
             name, _, field = entry.partition("=")
             chosen[name] = getattr(sizes, field or name)
-        return kind(model, ColourDecoder(), bank, images.mean, images.std, **{**chosen, **options})
+        return kind(model, decoder, bank, images.mean, images.std, **{**chosen, **options})
 
     return build
 
 
-def _linf(sizes: MixingSizes, model: nn.Module, bank: StyleBank, images: ImageSet) -> Method:
+def _linf(sizes: MixingSizes, model: nn.Module, decoder: Decoder, bank: StyleBank, images: ImageSet) -> Method:
     attack = PGD(images.mean, images.std, sizes.pgd_steps, 2.5 / sizes.pgd_steps)
     return OnImages(PGDTraining(model, attack, sizes.pgd_eps, sizes.clean_weight))
 
 
 METHODS: dict[str, Builder] = {
-    "nominal": lambda sizes, model, bank, images: OnImages(PlainTraining(model)),
+    "nominal": lambda sizes, model, decoder, bank, images: OnImages(PlainTraining(model)),
     "advmix": mixed(AdvMix, "eps", "steps", "restarts"),
     "randmix": mixed(RandMix, "eps"),
     "randmix_looks": mixed(RandMix, "eps", "looks=restarts"),
     "randmix_passes": mixed(RandMix, "eps", "looks=passes"),
     "reconstruction": mixed(Reconstruction),
-    "mixup": lambda sizes, model, bank, images: OnImages(Mixup(model)),
+    "mixup": lambda sizes, model, decoder, bank, images: OnImages(Mixup(model)),
     "linf": _linf,
     "recolour": mixed(Recolour),
-    "grey": lambda sizes, model, bank, images: OnImages(GreyTraining(model, images.mean, images.std)),
+    "grey": lambda sizes, model, decoder, bank, images: OnImages(GreyTraining(model, images.mean, images.std)),
     # ablations
     "advmix_mixed_alone": mixed(AdvMix, "eps", "steps", "restarts", clean_weight=0.0),
     "advmix_consistency": mixed(AdvMix, "eps", "steps", "restarts", consistency=1.0),

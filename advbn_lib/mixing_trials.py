@@ -1,4 +1,7 @@
-"""One trial of a bench of mixing: a network trained with one method on images in one colour each, and tested under mixing."""
+"""One trial of a bench of mixing: a network trained with one method on images with codes, and tested under mixing.
+
+Where an image is grey times one colour, the exact decoder (:class:`~advbn_lib.mixing.ColourDecoder`) and exact codes serve, and no
+StyleGAN is in it: :func:`in_one_colour`. Codes of a trained generator come as :class:`Material` too."""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from advbn_lib.checkpoints import read_checkpoint, save_checkpoint
 from advbn_lib.data.images import ImageSet
 from advbn_lib.methods.advmix import climb_of
 from advbn_lib.methods.base import Method
-from advbn_lib.mixing import ColourDecoder, Encoded, Mixer, MixingLoader
+from advbn_lib.mixing import ColourDecoder, Decoder, Encoded, Mixer, MixingLoader
 from advbn_lib.mixing_methods import Builder, MixingSizes
 from advbn_lib.mixing_robustness import MixingAttack, mixing_accuracy
 from advbn_lib.models.digit_cnn import DigitCNN
@@ -66,26 +69,63 @@ class Trained:
     start: str
 
 
+@dataclass(frozen=True, eq=False)
+class Material:
+    """Labelled images, their codes, and the decoder of these.
+
+    Attributes:
+        images: M images, uint8.
+        content, style: codes, M first; uint8 ones are grey levels.
+        decoder: on the device of the model that is trained with it.
+        bounds: of a coordinate of a style, where there are such; see :class:`~advbn_lib.style_mix.StyleMix`.
+    """
+
+    images: ImageSet
+    content: Tensor
+    style: Tensor
+    decoder: Decoder
+    bounds: tuple[float, float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def bank(self, device: torch.device) -> StyleBank:
+        """The styles, to mix with."""
+        return StyleBank(self.style.to(device), self.images.labels.to(device), self.bounds)
+
+    def batch(self) -> Encoded:
+        """All of them, as one batch that is in no bank."""
+        images = self.images.normalise(self.images.images.float() / 255)
+        nowhere = torch.full((len(self),), -1, device=images.device)
+        content, style = (
+            code.float() / 255 if code.dtype == torch.uint8 else code for code in (self.content, self.style)
+        )
+        return Encoded(images, content, style, nowhere)
+
+
+def in_one_colour(coloured: Coloured) -> Material:
+    """Images that are grey times one colour, with the exact decoder."""
+    return Material(coloured.images, coloured.grey.unsqueeze(1), coloured.colours, ColourDecoder(), BOUNDS)
+
+
 def train_on(
-    train_set: Coloured, sizes: MixingSizes, build: Builder, seed: int, device: torch.device, checkpoint: Path | None, key: str,
-    show_progress: bool,
+    train_set: Coloured | Material, sizes: MixingSizes, build: Builder, seed: int, device: torch.device, checkpoint: Path | None,
+    key: str, show_progress: bool,
 ) -> Trained:  # fmt: skip
     """Train a new network; the seed says its weights and the order of the images.
 
     Args:
-        train_set: on the CPU; the bank has its colours.
+        train_set: on the CPU; the bank has its styles.
         checkpoint, key: see :func:`advbn_lib.training.train`.
     """
-    images = train_set.images
+    material = train_set if isinstance(train_set, Material) else in_one_colour(train_set)
+    images = material.images
     torch.manual_seed(seed)
-    model = DigitCNN(sizes.width, len(images.classes), train_set.grey.shape[-1])
+    model = DigitCNN(sizes.width, len(images.classes), images.images.shape[-1])
     start = state_checksum(model.state_dict())
-    bank = StyleBank(train_set.colours.to(device), images.labels.to(device), BOUNDS)
     model = model.to(device, memory_format=torch.channels_last)
-    method = build(sizes, model, bank, images)
-    loader = MixingLoader(
-        images, train_set.grey.unsqueeze(1), train_set.colours, sizes.schedule.batch_size, seed, device
-    )
+    method = build(sizes, model, material.decoder, material.bank(device), images)
+    loader = MixingLoader(images, material.content, material.style, sizes.schedule.batch_size, seed, device)
     history = train(
         method, loader, sizes.schedule, checkpoint, key, show_progress=show_progress, precision=torch.float32
     )
@@ -93,25 +133,23 @@ def train_on(
 
 
 def accuracy_under_mixing(
-    method: Method, attacked: Coloured, others: Coloured, sizes: MixingSizes, show_progress: bool
+    method: Method, attacked: Coloured | Material, others: Coloured | Material, sizes: MixingSizes, show_progress: bool
 ) -> list[float]:
-    """Share of ``attacked`` that is right as it is and after each restart so far, mixed with the colours of ``others``.
+    """Share of ``attacked`` that is right as it is and after each restart so far, mixed with the styles of ``others``.
 
     Args:
         attacked, others: real test images, none in both; on the model's device.
     """
+    attacked, others = (each if isinstance(each, Material) else in_one_colour(each) for each in (attacked, others))
     images = attacked.images
-    bank = StyleBank(others.colours, others.images.labels, BOUNDS)
-    mixer = Mixer(ColourDecoder(), bank, images.mean, images.std)
+    mixer = Mixer(attacked.decoder, others.bank(images.labels.device), images.mean, images.std)
     attack = MixingAttack(sizes.eps, climb_of(sizes.attack_steps), sizes.attack_restarts)
-    return mixing_accuracy(method, mixer, encoded(attacked), images.labels, attack, show_progress)
+    return mixing_accuracy(method, mixer, attacked.batch(), images.labels, attack, show_progress)
 
 
 def encoded(coloured: Coloured) -> Encoded:
-    """Images and their codes, as one batch that is in no bank."""
-    images = coloured.images.normalise(coloured.images.images.float() / 255)
-    nowhere = torch.full((len(images),), -1, device=images.device)
-    return Encoded(images, coloured.grey.unsqueeze(1).float() / 255, coloured.colours, nowhere)
+    """Images in one colour each and their codes, as one batch that is in no bank."""
+    return in_one_colour(coloured).batch()
 
 
 def once(
