@@ -26,9 +26,10 @@ from advbn_lib.data.colour_mnist import (
     coloured_digits,
 )
 from advbn_lib.data.digits import load_digits
+from advbn_lib.data.images import ImageSet
 from advbn_lib.evaluation import accuracy
 from advbn_lib.mixing_methods import METHODS, MixingSizes, require_method
-from advbn_lib.mixing_trials import MixingRun, Trained, accuracy_under_mixing, once, train_on
+from advbn_lib.mixing_trials import Material, MixingRun, Trained, accuracy_under_mixing, in_one_colour, once, train_on
 from advbn_lib.training import Schedule
 
 Level = float | None  # a variance of the colours around the class's; None: the colour says nothing
@@ -94,8 +95,13 @@ def run_mixing_bench(
     for level in bench.levels:
         rows[level_name(level)] = row = _level(bench, method_name, level, seed, device, code, folder, show_progress)
         weights["sha256"] = row["weights"]
+    return gathered(rows, bench.levels, weights)
+
+
+def gathered(rows: dict[str, dict[str, Any]], levels: tuple[Level, ...], weights: dict[str, Any]) -> MixingRun:
+    """One run of the rows of its levels, by :func:`level_name`."""
     shares = {group: {name: row[group] for name, row in rows.items()} for group in ("accuracy", "robust")}
-    biased = [level_name(level) for level in bench.levels if level is not UNBIASED]
+    biased = [level_name(level) for level in levels if level is not UNBIASED]
     for found in shares.values():
         found[BIASED] = fmean(found[name] for name in biased)
     curves = {f"{curve}/{name}": row[curve] for curve in CURVES for name, row in rows.items()}
@@ -120,16 +126,23 @@ def _level(
 
     def trial(checkpoint: Path | None, key: str) -> tuple[nn.Module, dict[str, Any]]:
         trained = train_on(train_set, bench, METHODS[method_name], seed, device, checkpoint, key, show_progress)
-        return trained.method.model, {**_tested(bench, trained, test.to(device), show_progress), "data": data}
+        found = test.to(device)
+        attacked, others = (
+            in_one_colour(part) for part in (found.first(bench.attacked), found.first(None, bench.attacked))
+        )
+        row = tested(bench, trained, found.images, attacked, others, show_progress)
+        return trained.method.model, {**row, "data": data}
 
     return once(folder, identity, trial)
 
 
-def _tested(bench: MixingBench, trained: Trained, test: ColouredDigits, show_progress: bool) -> dict[str, Any]:
+def tested(
+    sizes: MixingSizes, trained: Trained, images: ImageSet, attacked: Material, others: Material, show_progress: bool
+) -> dict[str, Any]:
+    """The row of a level: accuracy on real test ``images``, and on the ``attacked`` ones mixed with the styles of ``others``."""
     started = time.perf_counter()
-    (found,) = accuracy(trained.method, test.images).values()
-    mixed, others = test.first(bench.attacked), test.first(None, bench.attacked)
-    after = accuracy_under_mixing(trained.method, mixed, others, bench, show_progress)
+    (found,) = accuracy(trained.method, images).values()
+    after = accuracy_under_mixing(trained.method, attacked, others, sizes, show_progress)
     history = trained.history
     return {
         "accuracy": found,
