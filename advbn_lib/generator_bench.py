@@ -1,13 +1,14 @@
 """A generator of coloured digits: trained, and judged in the features of a classifier that is trained beside it.
 
-Figures without a scale say little, so each is taken three times: of the generator's pictures, of real pictures that it was trained
-on (as good as a generator can be), and of an untrained generator's. The measures are of :mod:`advbn_lib.generative_metrics`; one
-more is of this book, :func:`colour_from_class`: may one tell a digit by its colour?
+Figures without a scale say little, so each is taken four times: of the generator's pictures, of such that have the coarse styles of
+one w and the fine styles of another, of real pictures that it was trained on (as good as a generator can be), and of an untrained
+generator's. The measures are of :mod:`advbn_lib.generative_metrics`; one more is of this book, :func:`colour_from_class`: may one
+tell a digit by its colour?
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from advbn_lib.models.digit_cnn import DigitCNN
 from advbn_lib.models.stylegan import Generator, GeneratorConfig, save_generator
 from advbn_lib.modes import evaluating
 from advbn_lib.provenance import state_checksum
+from advbn_lib.style_encoding import mix
 from advbn_lib.style_splitting import ink_colour, train_label_classifier
 from advbn_lib.training import Schedule
 
@@ -115,6 +117,7 @@ def run_generator_bench(
     untrained, _ = new_networks(bench.config, seed, device)
     looked_at = {
         "made": lambda: made_pictures(generator, bench.pictures, seed),
+        "mixed": lambda: mixed_pictures(generator, bench.pictures, seed),
         "real": lambda: real_pictures(train_set.first(bench.pictures)),
         "untrained": lambda: made_pictures(untrained, bench.pictures, seed),
     }
@@ -132,6 +135,18 @@ def run_generator_bench(
     weights = {"source": f"trained from random weights, seed {seed}", "sha256": checksum}
     cost = {"train_seconds": round(history.seconds, 2)}
     return GeneratorRun(generator, {"generator": metrics}, history.curves, cost, data, weights)
+
+
+@torch.no_grad()
+def mixed_pictures(generator: Generator, count: int, seed: int, batch_size: int = 250) -> Iterator[Tensor]:
+    """As :func:`~advbn_lib.generative_metrics.made_pictures`, but the first half of the styles is of one w, the other of a second."""
+    device = generator.mean_w.device
+    draws = torch.Generator(device).manual_seed(seed)
+    for start in range(0, count, batch_size):
+        size = min(batch_size, count - start)
+        z = torch.randn(2 * size, generator.config.latent, generator=draws, device=device)
+        coarse, fine = generator.wplus(generator.mapping(z)).chunk(2)
+        yield generator.images(mix(coarse, fine, generator.layers // 2), "random", draws, colour=True)
 
 
 @torch.no_grad()
