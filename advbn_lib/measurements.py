@@ -11,7 +11,17 @@ from typing import Any
 
 import torch
 
-from advbn_lib import benchmarks, detection_bench, digits_arena, mixing_bench, mixing_methods, records, segmentation_bench, step_cost
+from advbn_lib import (
+    benchmarks,
+    detection_bench,
+    digits_arena,
+    mixing_bench,
+    mixing_methods,
+    records,
+    segmentation_bench,
+    smiles_bench,
+    step_cost,
+)
 from advbn_lib.appearance_study import StudyConfig, study
 from advbn_lib.attack_measurements import ATTACK_MEASUREMENTS
 from advbn_lib.data.loader import DeviceLoader
@@ -161,6 +171,24 @@ def _mixing_measurement(method: str) -> Measurement:
     )  # fmt: skip
 
 
+def _smiles_measurement(method: str) -> Measurement:
+    """``smiles_advmix`` and so on: smiles in a light that gives them away and in one that does not, by one of the methods."""
+    modules, name = ("advbn_lib.smiles_bench",), f"smiles_{method}"
+
+    def measure(job: Job) -> Outcome:
+        folder = job.runs_folder / name / f"{job.preset}-s{job.seed}"
+        bench = smiles_bench.BENCHES[job.preset]
+        ran = smiles_bench.run_smiles_bench(
+            bench, method, job.seed, job.device, code_hash(modules), folder, job.show_progress
+        )
+        return Outcome(ran.metrics, ran.curves, ran.cost, ran.data, ran.weights)
+
+    return Measurement(
+        name, f"smiles in planted light: {smiles_bench.ABOUT[method]}", tuple(smiles_bench.BENCHES),
+        lambda preset: {"method": method, **asdict(smiles_bench.BENCHES[preset])}, modules, measure, group="smiles",
+    )  # fmt: skip
+
+
 # ---- all methods on coloured digits --------------------------------------------------------
 
 
@@ -207,6 +235,7 @@ MEASUREMENTS = {
         *ATTACK_MEASUREMENTS,
         *(_bench_measurement(task, method) for task in BENCHES for method in METHODS),
         *map(_mixing_measurement, mixing_bench.METHODS),
+        *map(_smiles_measurement, smiles_bench.METHODS),
         *map(_digits_measurement, digits_arena.METHODS),
         *GENERATION_MEASUREMENTS,
     )

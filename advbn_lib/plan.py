@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from advbn_lib import mixing_bench, records
+from advbn_lib import digits_arena, mixing_bench, records, smiles_bench, stylegan_mixing_bench
 from advbn_lib.attack_measurements import CHECKED, OF_STATISTICS
 from advbn_lib.experiments import ABLATIONS, ATTACKED, EXPERIMENTS, FROM_SCRATCH, HEADLINE, TRAINED_ON, find
 from advbn_lib.presets import PRESETS
 
 SEEDS = (0, 1, 2)
-MORE_SEEDS = {"cpu_mixing": (0, 1, 2, 3, 4)}  # Color-MNIST is small enough for more
+FIVE = (0, 1, 2, 3, 4)
+MORE_SEEDS = {"cpu_mixing": FIVE, "cpu_smiles": FIVE, "cpu_generator": FIVE}  # small enough for more
 _BENCHES = tuple(
     f"{task}_{method}" for task in ("detection", "segmentation") for method in ("plain", "afan", "noise", "extra_forwards")
 )  # fmt: skip
@@ -32,7 +33,10 @@ _CONTROLLED = ("untouched", "clean_finetuning", "random_statistics", "advbn")
 _ARENA = (
     *_CONTROLLED, "advbn_augmix", "augmix", "random_per_image", *(experiment.name for experiment in TRAINED_ON),
 )  # fmt: skip
+_DIGITS = tuple(f"digits_{method}" for method in digits_arena.METHODS)
 _MIXING = tuple(f"mixing_{method}" for method in mixing_bench.METHODS)
+_SMILES = tuple(f"smiles_{method}" for method in smiles_bench.METHODS)
+_STYLEGAN = tuple(f"stylegan_{method}" for method in stylegan_mixing_bench.METHODS)
 _FROM_SCRATCH = ("pretrain", *(experiment.name for experiment in FROM_SCRATCH), "step_cost")
 
 # What is run at each scale: preset, and the names of experiments and measurements.
@@ -46,7 +50,12 @@ SCALES: dict[str, dict[str, tuple[str, ...]]] = {
         "cpu_scratch": _FROM_SCRATCH,
         "cpu_attack": (*_ATTACKED, *_ATTACK_MEASUREMENTS),
         "cpu_arena": _ARENA,
+        "cpu_arena_compute": _ARENA,
         "cpu_mixing": _MIXING,
+        "cpu_generator": ("generator", "encoding", *_STYLEGAN),
+        "cpu_smiles": _SMILES,
+        "cpu_digits_arena": _DIGITS,
+        "cpu_digits_arena_compute": _DIGITS,
     },
     "gpu": {
         "gpu": (*_HEADLINE, "appearance"),
@@ -55,8 +64,8 @@ SCALES: dict[str, dict[str, tuple[str, ...]]] = {
         "gpu_arena": _ARENA,
     },
 }
-# Run once: at cpu scale the published weights are tested, and no seed is in it.
-_ONE_SEED = {("untouched", "cpu")}
+# Run once: at cpu scale the published weights are tested, and no seed is in it; one generator comes with the library.
+_ONE_SEED = {("untouched", "cpu"), ("generator", "cpu_generator")}
 _TRAINED_BY_OTHERS = {
     "strength_statistics": OF_STATISTICS, "masking_checks": CHECKED, "attack_agreement": CHECKED, "appearance": ("pretrain",),
 }  # fmt: skip

@@ -19,11 +19,11 @@ CONTROLS = {
     "clean_finetuning", "random_statistics", "advbn_shared_bn", "augmix", "pretrain", "feature_noise", "unchanged_features",
     "extra_forwards", "advprop_5_steps", "afan_points", "end_points", "pgd_4", "pgd_8", "trades",
 }  # fmt: skip
-MIXING_CONTROLS = {
-    f"mixing_{name}" for name in ("nominal", "linf", "mixup", "randmix", "randmix_looks", "randmix_passes", "advmix")
-}  # the last of them below the oracle
-# Of the looks: other changes of features. Of AFA: the clean end point, the attack it was trained on.
-IN_THE_SAME_RECORD = {*appearance_study.CONTROLS, "clean", "fused"}
+_MIXED = ("nominal", "randmix", "randmix_looks", "randmix_passes", "reconstruction", "linf", "mixup", "advmix")
+# AdvMix is a control where it stands below the oracle.
+MIXING_CONTROLS = {f"{bench}_{name}" for bench in ("mixing", "smiles", "stylegan") for name in _MIXED}
+# Of the looks: other changes of features. Of AFA: the clean end point, the attack it was trained on. Of smiles: the planted light.
+IN_THE_SAME_RECORD = {*appearance_study.CONTROLS, "clean", "fused", "planted"}
 
 
 def write(folder: Path, experiment: str, values: list[float]) -> None:
