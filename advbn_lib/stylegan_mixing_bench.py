@@ -43,7 +43,8 @@ class StyleGANMixingBench(MixingBench):
     Args:
         generator: preset of :mod:`advbn_lib.encoding_bench`: says generator and encoder. At ``"cpu_generator"`` those that come with
             the library are taken.
-        cut: how many styles are content; see :mod:`advbn_lib.style_splitting`.
+        cut: how many styles are content: the fewest with which swapping styles costs at most two points of accuracy, by
+            :func:`~advbn_lib.style_splitting.propose_cut` from the record ``encoding``.
         codes: how the encoder's codes are improved.
         tested: how many of the first test images are encoded: those that are attacked, and the others whose styles are taken.
 
@@ -174,6 +175,6 @@ BENCHES: dict[str, StyleGANMixingBench] = {
         data_set="mnist", images=(2_000, None), attacked=100, tested=400, width=8, levels=(EXTREME, 0.02, 0.035, UNBIASED),
         restarts=2, steps=2, attack_steps=2,
         schedule=Schedule(epochs=8, batch_size=128, lr=0.05, milestones=(5, 7), warmup=0.5, weight_decay=5e-4),
-        generator="cpu_generator", cut=4, codes=CodeSchedule(steps=10),
+        generator="cpu_generator", cut=6, codes=CodeSchedule(steps=10),
     ),
 }  # fmt: skip

@@ -65,6 +65,17 @@ def test_no_other_file_is_taken():
         generators.shipped_encoder(tiny_generator())
 
 
+def test_the_cut_that_is_used_is_the_one_that_the_record_proposes():
+    """The fewest content styles with which swapping costs at most two points."""
+    runs = records.load("encoding", "cpu_generator")
+    leakage = {
+        int(cut): records.aggregate(runs, f"cuts/optimised/{cut}/leakage").mean
+        for cut in runs[0].metrics["cuts"]["optimised"]
+    }
+    proposed = min(cut for cut, lost in leakage.items() if lost <= 0.02)
+    assert stylegan_mixing_bench.BENCHES["cpu_generator"].cut == proposed
+
+
 # ---- the encoder's file ---------------------------------------------------------------------
 
 
