@@ -147,13 +147,6 @@ class DigitsArena:
         return found
 
 
-class CuttableDigitCNN(DigitCNN):
-    """The same network, for images of its own size alone: it does not look at their shape, which would keep it from being split."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.layer4(self.layer3(self.layer2(self.layer1(x)))).flatten(1))
-
-
 @dataclass(frozen=True, eq=False)
 class _Given:
     """What a method is built from."""
@@ -344,7 +337,7 @@ def _level(
     if done and done.exists() and (stored := read_checkpoint(done))["key"] == key:
         return stored["progress"]
     torch.manual_seed(seed)
-    model = CuttableDigitCNN(arena.width, len(train_set.images.classes), train_set.grey.shape[-1])
+    model = DigitCNN(arena.width, len(train_set.images.classes), train_set.grey.shape[-1])
     start = state_checksum(model.state_dict())
     model = model.to(device, memory_format=torch.channels_last)
     method, trained = _trained(arena, method_name, model, train_set, seed, device, show_progress)

@@ -207,6 +207,7 @@ PRESETS |= {
         fine_tuning=Schedule(epochs=3, batch_size=128, lr=0.02, milestones=(2,), weight_decay=5e-4),
         train_images=10_000, first_train_image=20_000, test_images=2_000, shifts=SOME_SHIFTS, parts=3, attack_steps=3,
         attacked=StrengthTest(strengths=(0, 2, 8), images=500, fixed_weights=(0.0, 1.0), cross_strengths=(8,)),
+        precision="float32",  # A-FAN's steps are too small for bfloat16
     ),
     "gpu_arena": ArenaPreset(
         "CIFAR-10, ResNet-18 trained here for 15 epochs on 25,000 images, then trained on by each method for 5 epochs on the other "
@@ -219,6 +220,17 @@ PRESETS |= {
         attacked=StrengthTest(strengths=(0, 2, 8), cross_strengths=(8,)), beside=Beside(apgd_images=1_000, apgd_steps=100),
     ),
 }  # fmt: skip
+# As long as 6 epochs of PGD training take, from the computing time of a training step, one thread, measured once; whole epochs.
+# AFA's two stages share the time.
+PRESETS["cpu_arena_compute"] = dataclasses.replace(
+    PRESETS["cpu_arena"],
+    about="as cpu_arena, but each method trains on for as many epochs as take it about the time of 6 epochs of PGD training",
+    epochs=(
+        ("plain_finetuning", 18), ("clean_finetuning", 26), ("random_statistics", 14), ("random_per_image", 14), ("advbn", 5),
+        ("augmix", 6), ("advbn_augmix", 3), ("pgd_finetuning", 6), ("afan_finetuning", 5), ("end_points_finetuning", 2),
+        ("afa_finetuning", 2),
+    ),
+)  # fmt: skip
 # A-FAN's training from scratch with other networks and data.
 PRESETS |= {
     f"gpu_scratch_{name}": dataclasses.replace(PRESETS["gpu_scratch"], about=about, **changed)

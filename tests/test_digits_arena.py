@@ -16,13 +16,11 @@ from advbn_lib.digits_arena import (
     ARENAS,
     BIASED,
     METHODS,
-    CuttableDigitCNN,
     DigitsArena,
     counted_passes,
     run_digits_arena,
 )
 from advbn_lib.measuring import Job
-from advbn_lib.models.digit_cnn import DigitCNN
 from advbn_lib.robustness import StrengthTest
 from advbn_lib.training import Schedule
 
@@ -188,13 +186,6 @@ def test_levels_that_are_done_are_not_done_again(tmp_path, monkeypatch):
     assert len(trained) == 3 and again.metrics == whole.metrics and again.cost == resumed.cost
     run(arena, folder=tmp_path, code="other code")
     assert len(trained) == 5
-
-
-def test_the_network_is_the_digit_network():
-    plain, cuttable = DigitCNN(4), CuttableDigitCNN(4)
-    cuttable.load_state_dict(plain.state_dict())
-    images = torch.randn(3, 3, 32, 32)
-    assert torch.equal(plain.eval()(images), cuttable.eval()(images))
 
 
 def test_a_run_leaves_a_record(tmp_path, monkeypatch):

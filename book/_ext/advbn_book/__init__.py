@@ -7,7 +7,7 @@ from pathlib import Path
 from sphinx.util.fileutil import copy_asset
 
 from .index import RecordsIndex
-from .ledger import ClaimsLedger
+from .ledger import ClaimsLedger, ClaimsNotHolding
 from .roles import DifferenceRole, PaperRole, RunRole, records_folder
 
 
@@ -25,5 +25,6 @@ def setup(app):
     app.add_role("paper", PaperRole())
     app.add_directive("records-index", RecordsIndex)
     app.add_directive("claims-ledger", ClaimsLedger)
+    app.add_directive("claims-not-holding", ClaimsNotHolding)
     app.connect("build-finished", publish_records)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

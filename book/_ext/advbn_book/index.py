@@ -9,6 +9,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from advbn_lib import records
+from advbn_lib.digits_arena import ARENAS
 from advbn_lib.presets import PRESETS
 
 from . import wording
@@ -120,7 +121,8 @@ class RecordsIndex(SphinxDirective):
         section["names"].append(name)
         self.state.document.note_explicit_target(section)
         spread = "with its 95 % interval" if len(runs) > 1 else "which gives no interval"
-        scale = f" Scale: {PRESETS[preset].about}." if preset in PRESETS else ""
+        size = PRESETS.get(preset) or ARENAS.get(preset)
+        scale = f" Scale: {size.about}." if size else ""
         section += nodes.paragraph("", f"Mean over {wording.seeds(len(runs))}, {spread}.{scale}")
         for group in runs[0].metrics:
             found = measured(runs, group)

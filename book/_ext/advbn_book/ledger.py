@@ -1,10 +1,12 @@
-"""The directive ``{claims-ledger}``: each claim, its criterion, and the verdict computed from the records."""
+"""The directives ``{claims-ledger}`` and ``{claims-not-holding}``: claims, their criteria, and the verdicts of the records."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from docutils import nodes
 from docutils.parsers.rst import directives
+from sphinx import addnodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
@@ -15,45 +17,117 @@ from .index import table_of
 from .roles import depend_on_records, records_folder
 
 logger = logging.getLogger(__name__)
+HOLDS, FAILS, NOT_RUN = "holds at this scale", "does not hold at this scale", "not run"
 
 
-class ClaimsLedger(SphinxDirective):
-    """``{claims-ledger} PRESET``: a table of the claims in ``book/claims.yml`` that are decided at that preset.
+class Ledger(SphinxDirective):
+    """What both directives share: with the option ``:papers: A, B`` only the claims of these papers, and errors are warnings."""
 
-    With the option ``:papers: A, B`` only the claims of these papers.
-    """
-
-    required_arguments = 1
     option_spec = {"papers": directives.unchanged_required}
 
     def run(self):
-        preset, folder = self.arguments[0], records_folder(self.env.app)
+        try:
+            return self.shown(self.chosen(), records_folder(self.env.app))
+        except (records.RecordError, OSError) as error:
+            logger.warning("{%s}: %s", self.name, error, location=self.get_location(), type="advbn")
+            return []
+
+    def shown(self, chosen: list[claims.Claim], folder: Path) -> list[nodes.Node]:
+        raise NotImplementedError
+
+    def chosen(self) -> list[claims.Claim]:
         ledger = Path(self.env.srcdir) / "book" / "claims.yml"
         self.env.note_dependency(str(ledger))
-        try:
-            chosen = [claim for claim in claims.read_claims(ledger) if preset in claim.presets]
-            if "papers" in self.options:
-                papers = [name.strip() for name in self.options["papers"].split(",")]
-                chosen = [claim for claim in chosen if claim.paper in papers]
-            findings = [claims.decide(claim, preset, folder) for claim in chosen]
-            for finding in findings:
-                for side in finding.claim.sides:
-                    depend_on_records(self.env, folder, records.load(side.experiment, preset, folder))
-            rows = [self.row(finding) for finding in findings]
-        except (records.RecordError, OSError) as error:
-            logger.warning("{claims-ledger}: %s", error, location=self.get_location(), type="advbn")
-            return []
+        chosen = claims.read_claims(ledger)
+        if "papers" not in self.options:
+            return chosen
+        papers = [name.strip() for name in self.options["papers"].split(",")]
+        return [claim for claim in chosen if claim.paper in papers]
+
+    def decided(self, claim: claims.Claim, preset: str, folder: Path) -> claims.Finding:
+        finding = claims.decide(claim, preset, folder)
+        for side in claim.sides:
+            depend_on_records(self.env, folder, records.load(side.experiment, preset, folder))
+        return finding
+
+
+class ClaimsLedger(Ledger):
+    """``{claims-ledger} PRESET``: a table of the claims in ``book/claims.yml`` that are decided at that preset."""
+
+    required_arguments = 1
+
+    def shown(self, chosen, folder):
+        preset = self.arguments[0]
+        findings = [self.decided(claim, preset, folder) for claim in chosen if preset in claim.presets]
+        # the verdict early: a phone shows two columns
+        rows = [
+            [finding.claim.says, finding.verdict, effect(finding), compared(finding.claim), limit(finding.claim)]
+            for finding in findings
+        ]
         return [table_of(["claim", "verdict", "effect", "compared", "holds if above"], rows)]
 
-    def row(self, finding: claims.Finding) -> list[str]:
-        claim, metric = finding.claim, finding.claim.first.metric
-        paired = claim.second is not None
-        compared = " \N{MINUS SIGN} ".join(map(side_in_words, claim.sides))
-        in_words = wording.gap if paired else wording.level
-        effect = "not run" if finding.effect is None else in_words(finding.effect, metric, finding.preset)
-        unit = (" points" if paired else " %") if wording.is_accuracy(metric) else ""
-        limit = f"{wording.number(claim.above, metric, signed=paired)}{unit}"
-        return [claim.says, finding.verdict, effect, compared, limit]  # the verdict early: a phone shows two columns
+
+class ClaimsNotHolding(Ledger):
+    """``{claims-not-holding}``: a table of the claims that were tested and do not hold, or are undecided, at any scale.
+
+    What does not hold comes first. Each effect, with interval, seeds and scale, leads to its records. With ``:not-run:`` a table of
+    the claims that have no verdict yet, and where they are to get one.
+    """
+
+    option_spec = {**Ledger.option_spec, "not-run": directives.flag}
+
+    def shown(self, chosen, folder):
+        findings = [self.decided(claim, preset, folder) for claim in chosen for preset in claim.presets]
+        if "not-run" in self.options:
+            return self.not_run(findings)
+        tested = [finding for finding in findings if finding.verdict != NOT_RUN]
+        found = [finding for finding in tested if finding.verdict != HOLDS]
+        if not found:
+            words = "Every claim that was tested holds." if tested else "None of these claims has been tested yet."
+            return [nodes.paragraph("", words)]
+        found.sort(key=lambda finding: finding.verdict != FAILS)  # stable: the ledger's order within each verdict
+        counted = nodes.paragraph("", f"{len(found)} of {len(tested)} verdicts.")
+        head = ["claim", "verdict", "effect", "compared", "holds if above"]
+        return [counted, table_of(head, [self.row(finding) for finding in found])]
+
+    def row(self, finding: claims.Finding) -> list:
+        claim = finding.claim
+        target = f"record-{claim.first.experiment}-{finding.preset}"
+        link = addnodes.pending_xref(
+            "", nodes.inline("", effect(finding)), refdomain="std", reftype="ref", refexplicit=True, refwarn=True,
+            reftarget=target, refdoc=self.env.docname,
+        )  # fmt: skip
+        return [f"{claim.paper}: {claim.says}", finding.verdict, link, compared(claim), limit(claim)]
+
+    def not_run(self, findings: list[claims.Finding]) -> list[nodes.Node]:
+        waiting: dict[str, list[str]] = {}
+        for finding in findings:
+            if finding.verdict == NOT_RUN:
+                words = f"{finding.claim.paper}: {finding.claim.says}"
+                waiting.setdefault(words, []).append(finding.preset)
+        if not waiting:
+            return [nodes.paragraph("", "Every claim has a verdict at every scale that it is decided at.")]
+        return [table_of(["claim", "not run at"], [[words, ", ".join(at)] for words, at in waiting.items()])]
+
+
+def effect(finding: claims.Finding) -> str:
+    """The effect with interval, seeds and scale, or ``"not run"``."""
+    if finding.effect is None:
+        return NOT_RUN
+    in_words = wording.level if finding.claim.second is None else wording.gap
+    return in_words(finding.effect, finding.claim.first.metric, finding.preset)
+
+
+def limit(claim: claims.Claim) -> str:
+    """What the interval must lie above."""
+    metric, paired = claim.first.metric, claim.second is not None
+    unit = (" points" if paired else " %") if wording.is_accuracy(metric) else ""
+    return f"{wording.number(claim.above, metric, signed=paired)}{unit}"
+
+
+def compared(claim: claims.Claim) -> str:
+    """The sides, with a minus sign between them if there are two."""
+    return " \N{MINUS SIGN} ".join(map(side_in_words, claim.sides))
 
 
 def side_in_words(side: claims.Side) -> str:

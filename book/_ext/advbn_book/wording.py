@@ -7,7 +7,7 @@ import math
 MINUS = "\N{MINUS SIGN}"
 SHARES = (
     "accuracy", "mean", "shift", "balanced", "commonest_answer", "detection", "segmentation", "robust", "area",
-    "mixing", "apgd", "calibration_error",
+    "mixing", "apgd", "calibration_error", "digits", "smiles",
 )  # fmt: skip
 
 

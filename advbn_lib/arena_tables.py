@@ -1,0 +1,276 @@
+"""The comparison of all methods, read from records: values, paired differences, ranks and costs of each arena, some runs or all.
+
+What has no record is left out, and :meth:`Arena.commands` says how to make it. No number is computed here that is not in a record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+from advbn_lib import records
+from advbn_lib.records import Estimate, Record, RecordError
+
+Verdict = Literal["better", "worse", "undecided", "one seed"]
+COST = "cost"  # the column of training cost, as a ratio to natural training
+TIMES = "times natural"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row: a method, read through one of its BatchNorm sets.
+
+    Args:
+        label: its name on the page.
+        experiment: whose records it is read from.
+        branch: of the model.
+        before: experiments whose training it goes on from and which count as its cost.
+    """
+
+    label: str
+    experiment: str
+    branch: str = "clean"
+    before: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measure: where it stands in a record (``{branch}`` for the arm's branch), and whether less of it is better."""
+
+    label: str
+    metric: str
+    low_is_good: bool = False
+
+
+Runs = Mapping[Arm, Sequence[Record]]
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Methods, measures and the preset that they were run at.
+
+    Args:
+        name: in words. preset: of the records.
+        natural: label of the arm that others are compared with.
+        arms: the rows. columns: the main measures. families: the corruptions by family.
+        seconds: the metric that costs are taken from.
+    """
+
+    name: str
+    preset: str
+    natural: str
+    arms: tuple[Arm, ...]
+    columns: tuple[Column, ...]
+    families: tuple[Column, ...]
+    seconds: str
+
+    def at(self, preset: str, name: str) -> Arena:
+        """The same comparison at another preset."""
+        return replace(self, preset=preset, name=name)
+
+    def runs(self, folder: Path | None = None) -> dict[Arm, list[Record]]:
+        """Records by arm, for arms that have any; an arm lacks the seeds that what it goes on from lacks."""
+        found = {}
+        for arm in self.arms:
+            known = [{run.seed for run in self._load(name, folder)} for name in arm.before]
+            runs = [run for run in self._load(arm.experiment, folder) if all(run.seed in seeds for seeds in known)]
+            if runs:
+                found[arm] = runs
+        return found
+
+    def commands(self, folder: Path | None = None) -> list[str]:
+        """How to make the records that are missing, for seeds 0 to 2."""
+        names = dict.fromkeys(name for arm in self.arms for name in (*arm.before, arm.experiment))
+        lacking = {name: {0, 1, 2} - {run.seed for run in self._load(name, folder)} for name in names}
+        return [
+            f"python -m advbn_lib run {name} --preset {self.preset} --seed {' '.join(map(str, sorted(seeds)))}"
+            for name, seeds in lacking.items()
+            if seeds
+        ]
+
+    def values(self, columns: Iterable[Column], folder: Path | None = None) -> dict[str, dict[str, Estimate]]:
+        """Label to measure to its value over seeds; with natural training run, also to ``COST``."""
+        runs = self.runs(folder)
+        costs = self.costs(folder)
+        return {
+            arm.label: {
+                **{column.label: records.aggregate(found, _path(column, arm)) for column in columns},
+                **({COST: costs[arm.label]} if arm.label in costs else {}),
+            }
+            for arm, found in runs.items()
+        }
+
+    def differences(self, columns: Iterable[Column], folder: Path | None = None) -> dict[str, dict[str, Estimate]]:
+        """Label to measure to what it is more than natural training's, paired by seed; empty if that was not run."""
+        runs, columns = self.runs(folder), list(columns)
+        natural = self._natural(runs)
+        if natural is None:
+            return {}
+        return {
+            arm.label: {
+                column.label: records.difference(
+                    found, runs[natural], _path(column, arm), _path(column, natural)
+                )
+                for column in columns
+            }
+            for arm, found in runs.items()
+            if arm != natural and _shared([found, runs[natural]])
+        }  # fmt: skip
+
+    def by_seed(self, columns: Iterable[Column], folder: Path | None = None) -> dict[str, dict[str, list[float]]]:
+        """Label to measure to one value for each seed that all arms with records share; empty if they share none."""
+        runs, columns = self.runs(folder), list(columns)
+        seeds = _shared(runs.values())
+        if not seeds:
+            return {}
+        return {
+            arm.label: {
+                column.label: [run.metric(_path(column, arm)) for run in found if run.seed in seeds]
+                for column in columns
+            }
+            for arm, found in runs.items()
+        }
+
+    def costs(self, folder: Path | None = None) -> dict[str, Estimate]:
+        """Label to the seconds of its training in those of natural training, seed by seed; empty if that was not run.
+
+        One method read through two sets has one cost.
+        """
+        runs = self.runs(folder)
+        natural = self._natural(runs)
+        if natural is None:
+            return {}
+        plain, found = self._seconds(natural, runs[natural], folder), {}
+        for arm, of_arm in runs.items():
+            taken = self._seconds(arm, of_arm, folder)
+            if ratios := [taken[seed] / plain[seed] for seed in taken if seed in plain]:
+                found[arm.label] = records.estimate(ratios)
+        return found
+
+    def memory(self, folder: Path | None = None) -> dict[str, float]:
+        """Label to the most memory that a training or test took, in MiB, mean over the seeds whose machine tells."""
+        told = {
+            arm.label: [run.metric("cost/peak_memory_mib") for run in found if run.cost["peak_memory_mib"] is not None]
+            for arm, found in self.runs(folder).items()
+        }
+        return {label: fmean(peaks) for label, peaks in told.items() if peaks}
+
+    def _natural(self, runs: Runs) -> Arm | None:
+        return next((arm for arm in runs if arm.label == self.natural), None)
+
+    def _seconds(self, arm: Arm, found: Sequence[Record], folder: Path | None) -> dict[int, float]:
+        before = [{run.seed: run for run in self._load(name, folder)} for name in arm.before]
+        return {
+            run.seed: run.metric(self.seconds) + sum(runs[run.seed].metric(self.seconds) for runs in before)
+            for run in found
+        }
+
+    def _load(self, experiment: str, folder: Path | None) -> list[Record]:
+        return records.load(experiment, self.preset, folder)
+
+
+def verdict(difference: Estimate, low_is_good: bool = False) -> Verdict:
+    """What a difference to natural training says, by the rule of the book: the whole 95 % interval must be on one side of zero."""
+    if difference.n < 2:
+        return "one seed"
+    if difference.low > 0 or difference.high < 0:
+        return "better" if (difference.low > 0) != low_is_good else "worse"
+    return "undecided"
+
+
+def record_link(experiment: str, preset: str) -> str:
+    """A link in HTML from a chapter to an experiment's place on the built book's page of records.
+
+    Raises:
+        RecordError: a name that the page could not have.
+    """
+    name = f"{experiment}-{preset}"
+    if not name.replace("_", "").replace("-", "").isalnum():
+        raise RecordError(f"{name!r} is no name of records")
+    return f'<a href="../book/records.html#record-{name.replace("_", "-")}">records</a>'
+
+
+def _path(column: Column, arm: Arm) -> str:
+    return column.metric.format(branch=arm.branch)
+
+
+def _shared(runs: Iterable[Sequence[Record]]) -> set[int]:
+    sets = [{run.seed for run in found} for found in runs]
+    return set.intersection(*sets) if sets else set()
+
+
+def _digits(measure: str, label: str, low_is_good: bool = False, level: str = "unbiased") -> Column:
+    return Column(label, f"digits/{measure}/{{branch}}/{level}", low_is_good)
+
+
+DIGITS = Arena(
+    "coloured digits, epoch-matched", "cpu_digits_arena", "natural",
+    arms=(
+        Arm("natural", "digits_natural"),
+        Arm("clean fine-tuning", "digits_clean_finetuning"),
+        Arm("AugMix", "digits_augmix"),
+        Arm("random statistics", "digits_random_statistics"),
+        Arm("random, adv. BN", "digits_random_statistics", "adversarial"),
+        Arm("AdvBN", "digits_advbn"),
+        Arm("AdvBN, adv. BN", "digits_advbn", "adversarial"),
+        Arm("AdvBN + AugMix", "digits_advbn_augmix"),
+        Arm("AdvBN + AugMix, adv.", "digits_advbn_augmix", "adversarial"),
+        Arm("PGD", "digits_pgd"),
+        Arm("A-FAN", "digits_afan"),
+        Arm("AFA", "digits_afa", "fused"),
+        Arm("RandMix", "digits_randmix"),
+        Arm("AdvMix", "digits_advmix"),
+    ),
+    columns=(
+        _digits("accuracy", "clean"),
+        _digits("accuracy", "bias", level="mean_biased"),
+        _digits("colour_gap", "colour gap", True, "mean_biased"),
+        _digits("corruptions", "corr."),
+        _digits("style", "style"),
+        _digits("pgd_4", "PGD 4"),
+        _digits("pgd_16", "PGD 16"),
+        _digits("calibration_error", "ECE", True),
+    ),
+    families=tuple(_digits(family, family) for family in ("noise", "blur", "weather", "digital")),
+    seconds="cost/train_cpu_seconds",
+)  # fmt: skip
+CIFAR = Arena(
+    "CIFAR-10, epoch-matched", "cpu_arena", "natural",
+    arms=(
+        Arm("natural", "plain_finetuning"),
+        Arm("the start itself", "untouched"),
+        Arm("clean fine-tuning", "clean_finetuning"),
+        Arm("AugMix", "augmix"),
+        Arm("random statistics", "random_statistics"),
+        Arm("random, adv. BN", "random_statistics", "adversarial"),
+        Arm("random per image", "random_per_image"),
+        Arm("per image, adv. BN", "random_per_image", "adversarial"),
+        Arm("AdvBN", "advbn"),
+        Arm("AdvBN, adv. BN", "advbn", "adversarial"),
+        Arm("AdvBN + AugMix", "advbn_augmix"),
+        Arm("AdvBN + AugMix, adv.", "advbn_augmix", "adversarial"),
+        Arm("PGD", "pgd_finetuning"),
+        Arm("A-FAN", "afan_finetuning"),
+        Arm("AFA", "afa_finetuning", "fused", ("end_points_finetuning",)),
+    ),
+    columns=(
+        Column("clean", "accuracy/{branch}/clean"),
+        Column("corr.", "mean/{branch}/corruptions"),
+        Column("style", "mean/{branch}/style"),
+        Column("PGD 2", "robust/{branch}/2"),
+        Column("PGD 8", "robust/{branch}/8"),
+        Column("APGD 8", "apgd/{branch}"),
+        Column("ECE", "calibration_error/{branch}", True),
+    ),
+    families=tuple(Column(family, f"mean/{{branch}}/{family}") for family in ("noise", "blur", "weather", "digital")),
+    seconds="cost/train_seconds",
+)  # fmt: skip
+ARENAS = (
+    DIGITS,
+    DIGITS.at("cpu_digits_arena_compute", "coloured digits, compute-matched"),
+    CIFAR,
+    CIFAR.at("cpu_arena_compute", "CIFAR-10, compute-matched"),
+)

@@ -1,0 +1,158 @@
+"""The comparison read from records: with none, with some and with all of them; and the chapter that shows it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from advbn_lib import records
+from advbn_lib.arena_tables import ARENAS, CIFAR, COST, DIGITS, Arena, record_link, verdict
+from advbn_lib.digits_arena import METHODS
+from advbn_lib.experiments import EXPERIMENTS
+from advbn_lib.figures import as_html
+from advbn_lib.measurements import MEASUREMENTS
+from advbn_lib.records import Estimate, Record, RecordError
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTER = ROOT / "notebooks" / "13_side_by_side.ipynb"
+
+
+def share(name: str, branch: str, metric: str, seed: int) -> float:
+    """A number for each cell, the same each time; natural training is the best by far, and the seeds differ a little."""
+    base = 0.8 if name in ("digits_natural", "plain_finetuning") else 0.3
+    return base + 0.001 * (sum(map(ord, name + branch + metric)) % 50) + 0.002 * seed
+
+
+def write(arena: Arena, folder: Path, names: set[str] | None = None, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
+    """Made-up records with all that the arena reads; an experiment's seconds are ten, and ten more for each letter beyond ten."""
+    for name in dict.fromkeys(name for arm in arena.arms for name in (*arm.before, arm.experiment)):
+        for seed in seeds if names is None or name in names else ():
+            metrics: dict = {}
+            for arm in (arm for arm in arena.arms if arm.experiment == name):
+                for column in (*arena.columns, *arena.families):
+                    *path, last = column.metric.format(branch=arm.branch).split("/")
+                    place = metrics
+                    for part in path:
+                        place = place.setdefault(part, {})
+                    place[last] = share(name, arm.branch, column.metric, seed)
+            seconds = 10.0 + 10 * max(0, len(name) - 10)
+            cost = {"train_seconds": seconds, "train_cpu_seconds": seconds, "peak_memory_mib": 100.0 + seed}
+            run = Record(
+                experiment=name, preset=arena.preset, seed=seed, key="", config={}, metrics=metrics, curves={}, cost=cost,
+                hardware={}, versions={}, code={}, data={}, weights={}, created="",
+            )  # fmt: skip
+            records.write(run, folder)
+
+
+@pytest.mark.parametrize("arena", (DIGITS, CIFAR), ids=lambda arena: arena.preset)
+def test_without_records_there_is_nothing_but_commands(tmp_path, arena):
+    assert arena.runs(tmp_path) == arena.values(arena.columns, tmp_path) == arena.costs(tmp_path) == {}
+    assert arena.differences(arena.columns, tmp_path) == arena.by_seed(arena.columns, tmp_path) == {}
+    commands = arena.commands(tmp_path)
+    assert len(commands) == len({name for arm in arena.arms for name in (*arm.before, arm.experiment)})
+    assert all(f"--preset {arena.preset} --seed 0 1 2" in command for command in commands)
+
+
+@pytest.mark.parametrize("arena", (DIGITS, CIFAR), ids=lambda arena: arena.preset)
+def test_with_all_records_every_cell_has_a_number(tmp_path, arena):
+    write(arena, tmp_path)
+    labels = {arm.label for arm in arena.arms}
+    values, differences = (
+        read([*arena.columns, *arena.families], tmp_path) for read in (arena.values, arena.differences)
+    )
+    assert arena.commands(tmp_path) == [] and values.keys() == labels and differences.keys() == labels - {"natural"}
+    assert all(row.keys() == {*(c.label for c in (*arena.columns, *arena.families)), COST} for row in values.values())
+    assert all(cell.n == 3 for row in values.values() for cell in row.values())
+    arm, column = arena.arms[-1], arena.columns[0]
+    natural = next(arm for arm in arena.arms if arm.label == "natural")
+    wanted = share(arm.experiment, arm.branch, column.metric, 1) - share(natural.experiment, "clean", column.metric, 1)
+    assert differences[arm.label][column.label].mean == pytest.approx(wanted)
+    assert verdict(differences[arm.label][column.label]) == "worse"
+    assert arena.memory(tmp_path)[arm.label] == pytest.approx(101)
+
+
+def test_costs_are_ratios_and_count_what_a_method_goes_on_from(tmp_path):
+    write(CIFAR, tmp_path)
+    costs = CIFAR.costs(tmp_path)
+    plain = 10.0 + 10 * (len("plain_finetuning") - 10)
+    both = sum(10.0 + 10 * (len(name) - 10) for name in ("afa_finetuning", "end_points_finetuning"))
+    assert costs["natural"].mean == 1.0 and costs["AFA"].mean == pytest.approx(both / plain)
+    assert costs["AdvBN"].mean == costs["AdvBN, adv. BN"].mean == pytest.approx(10 / plain)
+
+
+def test_with_some_records_the_rest_is_left_out(tmp_path):
+    write(CIFAR, tmp_path, {"advbn", "afa_finetuning"})
+    assert [arm.label for arm in CIFAR.runs(tmp_path)] == ["AdvBN", "AdvBN, adv. BN"], "AFA's first stage is missing"
+    assert CIFAR.costs(tmp_path) == CIFAR.differences(CIFAR.columns, tmp_path) == {}
+    write(CIFAR, tmp_path, {"end_points_finetuning", "plain_finetuning"}, seeds=(1,))
+    assert {label: row["clean"].n for label, row in CIFAR.values(CIFAR.columns, tmp_path).items()} == {
+        "natural": 1, "AdvBN": 3, "AdvBN, adv. BN": 3, "AFA": 1,
+    }  # fmt: skip
+    assert {row["clean"].n for row in CIFAR.differences(CIFAR.columns, tmp_path).values()} == {1}
+    assert {len(row["clean"]) for row in CIFAR.by_seed(CIFAR.columns, tmp_path).values()} == {1}
+    assert "python -m advbn_lib run plain_finetuning --preset cpu_arena --seed 0 2" in CIFAR.commands(tmp_path)
+    write(CIFAR, tmp_path, {"pgd_finetuning"}, seeds=(2,))
+    assert CIFAR.by_seed(CIFAR.columns, tmp_path) == {}, "no seed is shared by all"
+    assert "PGD" not in CIFAR.differences(CIFAR.columns, tmp_path) and "PGD" in CIFAR.values(CIFAR.columns, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "low_is_good", "words"),
+    [
+        (Estimate(0.1, 0.05, 0.15, 3), False, "better"),
+        (Estimate(0.1, 0.05, 0.15, 3), True, "worse"),
+        (Estimate(-0.1, -0.15, -0.05, 3), False, "worse"),
+        (Estimate(-0.1, -0.15, -0.05, 3), True, "better"),
+        (Estimate(0.1, -0.05, 0.25, 3), False, "undecided"),
+        (Estimate(0.1, math.nan, math.nan, 1), False, "one seed"),
+    ],
+)
+def test_verdicts(value, low_is_good, words):
+    assert verdict(value, low_is_good) == words
+
+
+def test_arms_are_runs_that_can_be_made():
+    assert {arm.experiment for arm in DIGITS.arms} == {f"digits_{method}" for method in METHODS}
+    for arena in ARENAS:
+        for arm in arena.arms:
+            for name in (*arm.before, arm.experiment):
+                assert name in EXPERIMENTS or arena.preset in MEASUREMENTS[name].presets
+        assert len({arm.label for arm in arena.arms}) == len(arena.arms)
+
+
+def test_links_lead_to_the_page_of_records():
+    from docutils.nodes import make_id
+
+    link = record_link("digits_advbn", "cpu_digits_arena")
+    assert f'"../book/records.html#{make_id("record-digits_advbn-cpu_digits_arena")}"' in link
+    with pytest.raises(RecordError, match="no name of records"):
+        record_link('"><script>', "cpu")
+
+
+@pytest.mark.parametrize("there", ["none", "some", "all"])
+def test_the_chapter_shows_what_there_is(tmp_path, monkeypatch, capsys, there):
+    """The cells that read records, run as they stand; figures are drawn in earnest."""
+    some = {"digits_natural", "digits_advbn", "advbn", "pgd_finetuning"}
+    for arena in ARENAS if there != "none" else ():
+        write(arena, tmp_path, some if there == "some" else None)
+    monkeypatch.setenv("ADVBN_RECORDS", str(tmp_path))
+    figures, tables, names = [], [], {}
+    monkeypatch.setattr("advbn_lib.figures.show", lambda figure, alt: figures.append(as_html(figure, alt)))
+    monkeypatch.setattr("advbn_lib.figures.show_table", lambda head, rows, fold="": tables.append((head, rows)))
+    sources = ["".join(c["source"]) for c in json.loads(CHAPTER.read_text())["cells"] if c["cell_type"] == "code"]
+    for part in sources[1:]:
+        if "live(method)" in part or "(LIVE, " in part or "LIVE.preset].about" in part:
+            part = part.split("\n\n\nheat(LIVE")[0].split("\n\n\nranked(LIVE")[0].split("\n\n\ngains(LIVE")[0]
+            part = 'LIVE = DIGITS.at("smoke_digits_arena", "")' if "live(method)" in part else part
+        exec(compile(part.replace('preset = "auto"', 'preset = "smoke"'), CHAPTER.name, "exec"), names)
+    said = capsys.readouterr().out
+    assert said.count("not run yet") == (4 if there == "none" else 0)
+    assert len(figures) == {"none": 0, "some": 14, "all": 16}[there]
+    assert len(tables) == 1 + (0 if there == "none" else 4)
+    for head, rows in tables[1:]:
+        assert all(len(row) == len(head) and row[-1].startswith("<a href=") for row in rows)
+    if there == "all":
+        assert "lack seeds" not in said and "–" not in {cell for row in tables[1][1][1:] for cell in row}
