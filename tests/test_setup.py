@@ -53,7 +53,7 @@ def text_files() -> list[Path]:
     return [
         file
         for file in files
-        if file.suffix not in {".pyc", ".png", ".npz"} and not file.parent.name.endswith(".egg-info")
+        if file.suffix not in {".pyc", ".png", ".npz", ".safetensors"} and not file.parent.name.endswith(".egg-info")
     ]
 
 
@@ -125,6 +125,8 @@ def test_wheel_carries_the_records_and_nothing_else(tmp_path):
     sources = [file.relative_to(ROOT).as_posix() for file in (ROOT / "advbn_lib").rglob("*.py")]
     data = (ROOT / "advbn_lib" / "data").glob("*")
     sources += [file.relative_to(ROOT).as_posix() for file in data if file.suffix in (".json", ".txt")]
+    networks = (ROOT / "advbn_lib" / "generators").glob("*.safetensors")
+    sources += [file.relative_to(ROOT).as_posix() for file in networks]
     assert sorted(names) == sorted([*sources, "advbn_lib/_records/advbn/cpu-s0.json"])
 
 
