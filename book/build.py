@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import exercises
+
 from advbn_lib.files import atomic_write, sha256
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,6 +188,12 @@ def strip_run_traces(node) -> None:
             cell.metadata.tags.append("remove-cell")
 
 
+def check_exercises(layout: Layout) -> None:
+    """Raise ExerciseError if a notebook's exercises are not in the format: before the long runs, not after them."""
+    for notebook in layout.notebooks():
+        exercises.of_notebook(notebook)
+
+
 def run_notebooks(layout: Layout, preset: str) -> list[Path]:
     """Run each notebook whose inputs changed; return them all, executed."""
     notebooks = layout.notebooks()
@@ -211,11 +219,14 @@ def run_notebooks(layout: Layout, preset: str) -> list[Path]:
 
 
 def stage(layout: Layout, executed: list[Path]) -> None:
-    """Lay out what Sphinx reads like the repository, touching only what changed."""
+    """Lay out what Sphinx reads like the repository, touching only what changed.
+
+    Exercises become directives on the way (book/exercises.py); the notebooks of the repository stay plain Markdown.
+    """
     root = layout.root
     files = [root / "_config.yml", *sources(root / "book", "*"), *sources(layout.records, "*.json")]
     wanted = {file.relative_to(root): file.read_bytes() for file in files}
-    wanted |= {Path("notebooks") / file.name: file.read_bytes() for file in executed}
+    wanted |= {Path("notebooks") / file.name: exercises.staged(file) for file in executed}
     wanted[Path("records/LIST")] = list_of_records(layout)
     for place, content in wanted.items():
         write_if_changed(layout.stage / place, content)
@@ -281,10 +292,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         preset, reason = choose_preset(options.preset or os.environ.get("PRESET"), dict(os.environ))
         say(f"preset {preset}: {reason}")
+        check_exercises(layout)
         executed = run_notebooks(layout, preset)
         stage(layout, executed)
         make_html(layout)
-    except BuildError as error:
+    except (BuildError, exercises.ExerciseError) as error:
         print(f"[book] {error}", file=sys.stderr)
         return 1
     say(f"open {(layout.html / 'index.html').relative_to(ROOT)}")

@@ -14,6 +14,7 @@ import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
+from exercises import ExerciseError, of_notebook, parse
 from nbformat import NotebookNode
 from torch import Tensor
 
@@ -47,9 +48,19 @@ def cells(notebook: NotebookNode, kind: str) -> list[NotebookNode]:
 # ---- running -------------------------------------------------------------------------------
 
 
+def with_solutions(path: Path) -> NotebookNode:
+    """A notebook, and behind it the code of its exercises' solutions, a cell each; the last of each must show something."""
+    notebook = read(path)
+    for exercise in of_notebook(path):
+        for left, source in zip(reversed(range(len(exercise.python))), exercise.python, strict=True):
+            tags = ["solution"] if left else ["solution", "answer"]
+            notebook.cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": tags}))
+    return notebook
+
+
 @pytest.fixture(scope="session")
 def executed(tmp_path_factory):
-    """A function that runs a notebook once, far from the checkout, without data or network, and keeps the result."""
+    """A function that runs a notebook and then its solutions, far from the checkout, without data or network, once."""
     import papermill
 
     folder, done = tmp_path_factory.mktemp("notebooks"), {}
@@ -72,7 +83,7 @@ def executed(tmp_path_factory):
                 for name, value in surroundings.items():
                     patch.setenv(name, value)
                 notebook = papermill.execute_notebook(
-                    path, folder / path.name, {"preset": "smoke", "seed": 0}, kernel_name="advbn-test",
+                    with_solutions(path), folder / path.name, {"preset": "smoke", "seed": 0}, kernel_name="advbn-test",
                     cwd=work, progress_bar=False,
                 )  # fmt: skip
             done[path] = notebook, time.monotonic() - start
@@ -96,6 +107,18 @@ def test_runs_under_smoke_in_time(executed, path):
 
 
 @every_notebook
+def test_solutions_run_and_show_an_answer(executed, path):
+    notebook, _ = executed(path)
+    tagged = {
+        tag: [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])] for tag in ("solution", "answer")
+    }
+    assert len(tagged["answer"]) >= 2
+    assert all(cell.execution_count for cell in tagged["solution"])
+    for cell in tagged["answer"]:
+        assert cell.outputs, f"a solution that shows nothing:\n{cell.source}"
+
+
+@every_notebook
 def test_shows_no_warnings_and_only_figures_with_alt_text(executed, path):
     notebook, _ = executed(path)
     outputs = [output for cell in cells(notebook, "code") for output in cell.outputs]
@@ -110,6 +133,14 @@ def test_shows_no_warnings_and_only_figures_with_alt_text(executed, path):
 
 
 # ---- form ----------------------------------------------------------------------------------
+
+
+def well_formed(prose: list[NotebookNode]) -> bool:
+    """Whether at most one cell has exercises, in the format of book/exercises.py."""
+    try:
+        return sum(parse(cell.source) is not None for cell in prose) <= 1
+    except ExerciseError:
+        return False
 
 
 def faults(notebook: NotebookNode) -> list[str]:
@@ -132,6 +163,7 @@ def faults(notebook: NotebookNode) -> list[str]:
         "has MyST directives or roles": bool(re.search(r"^\s*(```|:::+)\{|\{[\w:-]+\}`", text, re.MULTILINE)),
         "does not say time and cost": not all(word in notebook.cells[0].source for word in ("How long it takes", "What it costs")),
         "has no exercises": not re.search(r"^## Exercises", text, re.MULTILINE),
+        "has exercises in another form": not well_formed(prose),
         "does not say where to go next": "Where to go next" not in prose[-1].source,
     }  # fmt: skip
     return [fault for fault, found in checks.items() if found]
@@ -155,6 +187,9 @@ DAMAGE = {
     "has MyST directives or roles": lambda notebook: cells(notebook, "markdown")[2].update(source=":::{note}\nHello\n:::"),
     "does not say time and cost": lambda notebook: notebook.cells[0].update(source="# Title"),
     "has no exercises": lambda notebook: [cell.update(source="x") for cell in cells(notebook, "markdown") if "## Exercises" in cell.source],
+    "has exercises in another form": lambda notebook: cells(notebook, "markdown")[-1].update(
+        source=cells(notebook, "markdown")[-1].source.replace("<summary>Solution</summary>", "<summary>Answer</summary>", 1)
+    ),
     "does not say where to go next": lambda notebook: cells(notebook, "markdown")[-1].update(source="The end."),
 }  # fmt: skip
 
