@@ -263,3 +263,12 @@ def choose_preset(preset: str = "auto") -> str:
     if preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}; there are auto, {', '.join(PRESETS)}")
     return preset
+
+
+# Presets of measurements that have sizes of their own, in words, for pages that name a scale.
+MEASURED_AT = {
+    "cpu_mixing": "Color-MNIST, 6,000 training images, 8 epochs, four small convolutions; nine levels of bias, exact decoder, no StyleGAN",
+    "cpu_generator": "coloured MNIST digits of 32 pixels; a StyleGAN of 15,000 steps, an encoder of 2,500; with it, 2,000 training images "
+    "and 8 epochs at four levels of bias",
+    "cpu_smiles": "SMILEsmileD, 8,001 training faces of 64 pixels, 6 epochs, four small convolutions; planted light, exact decoder",
+}

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -19,10 +20,17 @@ from nbformat import NotebookNode
 from torch import Tensor
 
 from advbn_lib import AdvBN, ChannelStatistics
+from advbn_lib.ascent import ascend
+from advbn_lib.data.images import ImageSet
 from advbn_lib.methods import AFAN, Site
+from advbn_lib.methods.advbn import cross_entropies
+from advbn_lib.methods.advmix import climb_of
+from advbn_lib.mixing import ColourDecoder, Mixer
 from advbn_lib.models import CifarResNet
+from advbn_lib.models.digit_cnn import DigitCNN
 from advbn_lib.splitting import split_at
 from advbn_lib.statistics import adain
+from advbn_lib.style_mix import StyleBank
 from advbn_lib.tasks import Classification
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -266,3 +274,30 @@ def test_afans_ascent_by_hand_is_the_librarys(seed):
     torch.testing.assert_close(torch.tensor(losses, dtype=torch.float64), attack.losses, rtol=0, atol=1e-9)
     assert losses[-1] > losses[0] and delta.abs().max() <= site.reach + 1e-12
     assert all(p.grad is None for p in network.parameters())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_advmix_ascent_by_hand_is_the_librarys(seed):
+    torch.manual_seed(seed)
+    network = DigitCNN(4).double().eval()
+    content, labels = torch.rand(8, 1, 32, 32, dtype=torch.float64), torch.randint(0, 10, (8,))
+    bank = StyleBank(torch.rand(40, 3), torch.randint(0, 10, (40,)), bounds=(0.0, 1.0))
+    centres = bank.draw(8).double()
+    images = ImageSet(
+        "none", torch.zeros(1, 3, 32, 32, dtype=torch.uint8), labels[:1], tuple("0123456789"), (0.5,) * 3, (0.5,) * 3
+    )
+    names = {
+        "torch": torch, "F": F, "bank": bank, "ColourDecoder": ColourDecoder, "LIVE": SimpleNamespace(eps=0.3, steps=4),
+        "train_set": SimpleNamespace(images=images),
+    }  # fmt: skip
+    climb = run_cell("12_advmix.ipynb", "def climb(", **names)["climb"]
+    mixer, ball = Mixer(ColourDecoder(), bank, images.mean, images.std), bank.around(0.3)
+    torch.manual_seed(100 + seed)
+    by_hand, losses = climb(network, content, labels, centres)
+    torch.manual_seed(100 + seed)
+    found = ascend(
+        lambda style: cross_entropies(network(mixer.images(content, style)), labels), centres, ball, climb_of(4)
+    )
+    torch.testing.assert_close(by_hand, ball.apply(centres, found.delta), rtol=0, atol=1e-6)  # the bank is in float32
+    unchanged = cross_entropies(network(mixer.images(content, centres)), labels)
+    assert (losses >= unchanged.detach()).float().mean() > 0.7, "the ascent should do better than its centre, mostly"

@@ -10,7 +10,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from advbn_lib import records
 from advbn_lib.digits_arena import ARENAS
-from advbn_lib.presets import PRESETS
+from advbn_lib.presets import MEASURED_AT, PRESETS
 
 from . import wording
 from .roles import depend_on_records, existing, records_folder
@@ -122,7 +122,8 @@ class RecordsIndex(SphinxDirective):
         self.state.document.note_explicit_target(section)
         spread = "with its 95 % interval" if len(runs) > 1 else "which gives no interval"
         size = PRESETS.get(preset) or ARENAS.get(preset)
-        scale = f" Scale: {size.about}." if size else ""
+        about = size.about if size else MEASURED_AT.get(preset)
+        scale = f" Scale: {about}." if about else ""
         section += nodes.paragraph("", f"Mean over {wording.seeds(len(runs))}, {spread}.{scale}")
         for group in runs[0].metrics:
             found = measured(runs, group)
