@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -150,68 +151,54 @@ def _bench_measurement(task: str, method: str) -> Measurement:
     )  # fmt: skip
 
 
-# ---- mixing --------------------------------------------------------------------------------
+# ---- one method on one bench: mixing, smiles, all methods on coloured digits -----------------
 
 
-def _mixing_measurement(method: str) -> Measurement:
-    """``mixing_advmix`` and so on: Color-MNIST at each level of bias, by one of the methods."""
-    modules, name = ("advbn_lib.mixing_bench",), f"mixing_{method}"
+def _on_bench(
+    group: str, about: str, method: str, benches: Mapping[str, Any], run: Callable[..., Any], config: Callable[[str], dict[str, Any]],
+) -> Measurement:  # fmt: skip
+    """``mixing_advmix`` and so on: a bench with one of its methods.
+
+    Args:
+        run: from bench, method, seed, device, code, folder and whether to show progress to metrics, curves, cost, data and weights.
+        config: what is chosen at a preset, besides the method.
+    """
+    modules, name = (run.__module__,), f"{group}_{method}"
 
     def measure(job: Job) -> Outcome:
         folder = job.runs_folder / name / f"{job.preset}-s{job.seed}"
-        bench = mixing_bench.BENCHES[job.preset]
-        ran = mixing_bench.run_mixing_bench(
-            bench, method, job.seed, job.device, code_hash(modules), folder, job.show_progress
-        )
+        ran = run(benches[job.preset], method, job.seed, job.device, code_hash(modules), folder, job.show_progress)
         return Outcome(ran.metrics, ran.curves, ran.cost, ran.data, ran.weights)
 
     return Measurement(
-        name, f"Color-MNIST under bias: {mixing_methods.ABOUT[method]}", tuple(mixing_bench.BENCHES),
-        lambda preset: {"method": method, **asdict(mixing_bench.BENCHES[preset])}, modules, measure, group="mixing",
+        name, about, tuple(benches), lambda preset: {"method": method, **config(preset)}, modules, measure, group=group
+    )
+
+
+def _mixing_measurement(method: str) -> Measurement:
+    benches = mixing_bench.BENCHES
+    return _on_bench(
+        "mixing", f"Color-MNIST under bias: {mixing_methods.ABOUT[method]}", method, benches, mixing_bench.run_mixing_bench,
+        lambda preset: asdict(benches[preset]),
     )  # fmt: skip
 
 
 def _smiles_measurement(method: str) -> Measurement:
-    """``smiles_advmix`` and so on: smiles in a light that gives them away and in one that does not, by one of the methods."""
-    modules, name = ("advbn_lib.smiles_bench",), f"smiles_{method}"
-
-    def measure(job: Job) -> Outcome:
-        folder = job.runs_folder / name / f"{job.preset}-s{job.seed}"
-        bench = smiles_bench.BENCHES[job.preset]
-        ran = smiles_bench.run_smiles_bench(
-            bench, method, job.seed, job.device, code_hash(modules), folder, job.show_progress
-        )
-        return Outcome(ran.metrics, ran.curves, ran.cost, ran.data, ran.weights)
-
-    return Measurement(
-        name, f"smiles in planted light: {smiles_bench.ABOUT[method]}", tuple(smiles_bench.BENCHES),
-        lambda preset: {"method": method, **asdict(smiles_bench.BENCHES[preset])}, modules, measure, group="smiles",
+    benches = smiles_bench.BENCHES
+    return _on_bench(
+        "smiles", f"smiles in planted light: {smiles_bench.ABOUT[method]}", method, benches, smiles_bench.run_smiles_bench,
+        lambda preset: asdict(benches[preset]),
     )  # fmt: skip
-
-
-# ---- all methods on coloured digits --------------------------------------------------------
 
 
 def _digits_measurement(method: str) -> Measurement:
-    """``digits_advbn`` and so on: the arena of coloured digits at each level of bias, by one of the methods."""
-    modules, name = ("advbn_lib.digits_arena",), f"digits_{method}"
-
-    def measure(job: Job) -> Outcome:
-        folder = job.runs_folder / name / f"{job.preset}-s{job.seed}"
-        arena = digits_arena.ARENAS[job.preset]
-        ran = digits_arena.run_digits_arena(
-            arena, method, job.seed, job.device, code_hash(modules), folder, job.show_progress
-        )
-        return Outcome(ran.metrics, ran.curves, ran.cost, ran.data, ran.weights)
+    arenas = digits_arena.ARENAS
 
     def config(preset: str) -> dict[str, Any]:
-        arena = digits_arena.ARENAS[preset]
-        return {"method": method, **asdict(arena), "parts": [asdict(part) for part in arena.schedules(method)]}
+        return {**asdict(arenas[preset]), "parts": [asdict(part) for part in arenas[preset].schedules(method)]}
 
-    return Measurement(
-        name, f"coloured digits, all methods side by side: {digits_arena.ABOUT[method]}", tuple(digits_arena.ARENAS), config,
-        modules, measure, group="digits",
-    )  # fmt: skip
+    about = f"coloured digits, all methods side by side: {digits_arena.ABOUT[method]}"
+    return _on_bench("digits", about, method, arenas, digits_arena.run_digits_arena, config)
 
 
 # ---- all of them ---------------------------------------------------------------------------
