@@ -10,6 +10,8 @@ PRESET ?=
 PYTHON ?=
 # More words for pytest or for the workflow: make test ARGS="-k records -x", make reproduce ARGS=--dry-run
 ARGS ?=
+# Tests side by side, one file of tests at a time each: a number, or logical for one a core. 0: all in one process.
+WORKERS ?= logical
 # Runs side by side in `make reproduce`, each with one thread.
 JOBS ?= 1
 
@@ -29,7 +31,7 @@ book: $(READY)
 	@$(PY) book/build.py $(if $(PRESET),--preset $(PRESET))
 
 test: $(READY)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # The lock would stay after a kill, and what is written is written in one step.
 reproduce: $(READY)
