@@ -302,7 +302,11 @@ def test_the_model_alone_fuses_and_blocks_nest():
     assert torch.equal(model(x), fused) and not torch.equal(fused, clean)
 
 
-@pytest.mark.parametrize("block", [use_fused, lambda m: force_weights(m, 0.3), recorded_weights], ids=str)
+@pytest.mark.parametrize(
+    "block",
+    [use_fused, lambda m: force_weights(m, 0.3), recorded_weights],
+    ids=("use_fused", "force_weights", "recorded_weights"),
+)
 def test_everything_comes_back_after_an_error(block):
     model = network()
     first = next(iter(fused_layers(model).values()))

@@ -114,11 +114,11 @@ def test_plain_values_travel_unchanged(value):
 @pytest.mark.parametrize(
     "tensor",
     [
-        torch.randn(2, 3).t(), torch.zeros(0, 4), torch.tensor(3.5), torch.tensor([True, False]), torch.randn(3).bfloat16(),
-        torch.randn(2, dtype=torch.complex64).conj(), torch.arange(5).expand(3, 5), torch.eye(3).to_sparse(),
-        torch.tensor([float("nan"), float("inf")]), nn.Parameter(torch.ones(2)),
+        torch.arange(6.0).view(2, 3).t(), torch.zeros(0, 4), torch.tensor(3.5), torch.tensor([True, False]),
+        torch.tensor([0.1, -2.0, 3.0]).bfloat16(), torch.tensor([1 + 2j, 3 - 1j]).conj(), torch.arange(5).expand(3, 5),
+        torch.eye(3).to_sparse(), torch.tensor([float("nan"), float("inf")]), nn.Parameter(torch.ones(2)),
     ],
-    ids=str,
+    ids=("turned", "empty", "number", "bool", "bfloat16", "complex", "expanded", "sparse", "not finite", "parameter"),
 )  # fmt: skip
 def test_tensors_travel_as_plain_tensors(tensor):
     got = unpack(pack({"a": [tensor, Kept(3)]}))["a"]
