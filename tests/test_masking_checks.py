@@ -101,8 +101,8 @@ def test_honest_models_pass(kind, natural, robust, request):
     checks = checked(network, other=other)
     assert failed(checks) == set(), {name: checks[name].says for name in failed(checks)}
     assert [*checks] == [
-        "gradient", "slope", "jumps", "loss", "strength", "unlimited", "one_step", "effort", "margin", "noise", "search",
-        "transfer from other", "repeat",
+        "gradient", "slope", "jumps", "loss", "strength", "unlimited", "one_step", "effort", "margin", "per_logit", "noise",
+        "search", "transfer from other", "repeat",
     ]  # fmt: skip
     assert json.loads(json.dumps([asdict(check) for check in checks.values()]))[0]["passed"] is True
     assert all(check.says.endswith(".") for check in checks.values())
@@ -227,6 +227,7 @@ MASKS = {
     "no gradient": (without_gradient, {"gradient", "slope", "loss", "unlimited"}),
     "not a number": (not_a_number, {"gradient"}),
     "saturated": (lambda net: lambda x: 1e4 * net(x), {"gradient", "margin"}),
+    "squashed": (lambda net: lambda x: 10 * torch.tanh(0.7 * net(x)), {"per_logit"}),
     "noise": (lambda net: lambda x: net(x + 0.1 * torch.randn_like(x)), {"repeat"}),
     "flipped": (lambda net: lambda x: net(Backwards.apply(x, -1.0)), {"slope", "loss", "unlimited", "search"}),
     "zeroed": (lambda net: lambda x: net(Backwards.apply(x, 0.0)), {"gradient", "slope", "loss", "search"}),
