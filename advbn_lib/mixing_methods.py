@@ -47,7 +47,10 @@ class MixingSizes:
 
     @property
     def passes(self) -> int:
-        """Forward passes of AdvMix's search: each restart looks at its start and after every step."""
+        """Forward passes of AdvMix's ascents: each looks at its start and after every step.
+
+        Its backward passes are not counted, nor the one that compares the restarts: RandMix pays that, too.
+        """
         return self.restarts * (self.steps + 1)
 
 

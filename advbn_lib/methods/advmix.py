@@ -148,7 +148,10 @@ class Reconstruction(MixedTraining):
 
 
 class Recolour(MixedTraining):
-    """The oracle on Color-MNIST: colours drawn evenly from all there are. It is told what the others must find: an upper bound."""
+    """The oracle on Color-MNIST: colours drawn evenly from all there are. It is told what the others must find.
+
+    It need not be the best: test colours come from around the classes' mean colours, and so do those that the others mix with.
+    """
 
     def choose_style(self, batch: Encoded, labels: Tensor) -> Tensor:
         return torch.rand_like(batch.style)
