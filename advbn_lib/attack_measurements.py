@@ -21,6 +21,7 @@ from advbn_lib.methods.pgd_training import UNIT
 from advbn_lib.presets import PRESETS
 from advbn_lib.provenance import state_checksum
 from advbn_lib.running import prepare, train_method
+from advbn_lib.strength_probe import ProbeStudy, strength_probe
 from advbn_lib.strength_statistics import StatisticsStudy, strength_statistics
 
 TRAINING_CODE = (
@@ -124,6 +125,22 @@ def _forced(method: Method, weight: float, images: torch.Tensor) -> torch.Tensor
         return method.predict(images)
 
 
+# ---- can the strength be read? -------------------------------------------------------------
+
+PROBED_ON = {
+    "smoke_attack": ProbeStudy(strengths=(0, 8), images=32, steps=2, batch_size=32),
+    "cpu_attack": ProbeStudy(),
+    "gpu_attack": ProbeStudy(images=10_000, batch_size=1000),
+}
+PROBED = ("afa", "afa_supervised")
+
+
+def _strength_probe(job: Job) -> Outcome:
+    study, test, methods = replace(PROBED_ON[job.preset], seed=job.seed), _test_images(job), _trained(job, PROBED)
+    tables = {name: strength_probe(method, test, study, job.show_progress) for name, method in methods.items()}
+    return _outcome({"strength_probe": tables}, test, methods)
+
+
 # ---- attacks of other libraries ------------------------------------------------------------
 
 
@@ -172,6 +189,10 @@ ATTACK_MEASUREMENTS = (
     _measurement(
         "masking_checks", "signs that a trained network hides its gradient",
         CHECKS, CHECKED, ("advbn_lib.masking_checks",), _masking_checks, headline=("passed",),
+    ),
+    _measurement(
+        "strength_probe", "can the strength of an attack be read from what AFA's predictors see?",
+        PROBED_ON, PROBED, ("advbn_lib.strength_probe", "advbn_lib.robustness"), _strength_probe,
     ),
     _measurement(
         "attack_agreement", "our attack beside those of torchattacks and foolbox, and others that we have not written",
