@@ -13,7 +13,7 @@ import torch
 from advbn_lib import records
 from advbn_lib.adversarial_images import ExportConfig, export
 from advbn_lib.checkpoints import CheckpointError
-from advbn_lib.claims import claims_file, decide, read_claims, sentence
+from advbn_lib.claims import claims_file, cost_in_words, decide, details, read_claims, sentence
 from advbn_lib.data.images import DataError
 from advbn_lib.data.sets import load_images
 from advbn_lib.experiments import EXPERIMENTS
@@ -95,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     claims = commands.add_parser("claims", help="what the papers claim, and the verdicts of the records")
     claims.add_argument("--preset", help="only what is decided at this preset (default: at all of them)")
     claims.add_argument("--file", type=Path, help="the ledger (default: the checkout's book/claims.yml)")
+    claims.add_argument(
+        "--long", action="store_true", help="with protocol, controls, the paper's number, and what a run took"
+    )
     claims.set_defaults(command=_claims)
 
     planning = commands.add_parser("plan", help="the runs that the book lacks, and what they will cost")
@@ -195,7 +198,13 @@ def _claims(options: argparse.Namespace) -> None:
         if presets:
             print(f"{claim.id} ({claim.paper}): {claim.says}")
         for preset in presets:
-            print(f"    {preset}: {sentence(decide(claim, preset, options.records))}")
+            finding = decide(claim, preset, options.records)
+            print(f"    {preset}: {sentence(finding)}")
+            if options.long and finding.cost:
+                print(f"        cost of the first side: {cost_in_words(finding)}")
+        if presets and options.long:
+            for title, text in details(claim):
+                print(f"    {title}: {text}")
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -21,7 +21,16 @@ def claim(
 ) -> dict:
     sides = {"first": first, "second": second}
     named = {side: experiment and {"experiment": experiment, "metric": METRIC} for side, experiment in sides.items()}
-    return {"id": name, "paper": paper, "says": f"Says {name}.", "presets": list(presets), **named, "above": above}
+    said = {"protocol": f"Protocol of {name}.", "controls": ["augmix"], "reported": ["advbn/sketch/advbn"]}
+    return {
+        "id": name,
+        "paper": paper,
+        "says": f"Says {name}.",
+        "presets": list(presets),
+        **named,
+        "above": above,
+        **said,
+    }
 
 
 @pytest.fixture
@@ -49,7 +58,7 @@ def test_what_does_not_hold_is_listed_first_then_what_is_undecided(ledger):
     page, _, warnings = make(ledger, DIRECTIVE % "")
     assert warnings == ""
     places = [page.index(f"Says {name}.") for name in ("failing", "alone", "undecided")]
-    assert places == sorted(places) and "3 of 4 verdicts." in page
+    assert places == sorted(places) and "3 of 4 verdicts. Does not hold: 2. Undecided: 1." in page
     assert "Says holding." not in page and "Says waiting." not in page
     assert "\N{MINUS SIGN}6.4 points (95 % interval" in page and "paired by seed, n = 3 seeds, cpu scale)" in page
     assert "71.6 % (95 % interval" in page and "90.0 %" in page, "a claim of one side, and its limit"
@@ -67,6 +76,47 @@ def test_what_was_not_run_is_listed_with_its_scales(ledger):
     assert warnings == ""
     assert re.search(r"AdvBN: Says failing\.\s+gpu\s", page) and re.search(r"AFA: Says waiting\.\s+cpu\s", page)
     assert "Says undecided." not in page
+
+
+def test_what_lacks_seeds_has_no_verdict_and_stands_with_what_was_not_run(ledger):
+    ledger.joinpath("records/advbn/cpu-s1.json").unlink()
+    listing(ledger)
+    page, _, warnings = make(ledger, DIRECTIVE % "")
+    assert warnings == "" and "Says failing." not in page and "Says alone." not in page
+    assert "1 of 1 verdicts. Does not hold: 0. Undecided: 1. Not decided yet, for want of seeds: 3." in page
+    page, _, warnings = make(ledger, DIRECTIVE % ":not-run:\n")
+    assert warnings == "" and re.search(r"Says failing\.\s+cpu \(2 of 3 seeds\), gpu\s", page)
+
+
+def test_sides_without_a_seed_in_common_do_not_stop_the_page(ledger):
+    for seed in (1, 2):
+        ledger.joinpath(f"records/advbn/cpu-s{seed}.json").unlink()
+    ledger.joinpath("records/clean_finetuning/cpu-s0.json").unlink()
+    listing(ledger)
+    page, _, warnings = make(ledger, "```{claims-ledger} cpu\n```\n\n" + DIRECTIVE % ":not-run:\n")
+    assert warnings == "" and page.count("incomplete (0 of 3 seeds)") == 2 and "cpu (0 of 3 seeds)" in page
+
+
+def test_the_ledger_shows_verdicts_and_folds_what_is_behind_them(ledger):
+    entries = yaml.safe_load(ledger.joinpath("book/claims.yml").read_text())
+    leaning = claim("leaning", "advbn", "clean_finetuning") | {"needs": ["failing"], "written": "after"}
+    ledger.joinpath("book/claims.yml").write_text(yaml.safe_dump([*entries, leaning]))
+    page, _, warnings = make(ledger, "```{claims-ledger} cpu\n```")
+    words = " ".join(page.split())
+    assert warnings == ""
+    table, behind = words.split("What is behind these verdicts", 1)
+    assert "claim verdict effect holds if above cost" in table
+    assert "undecided at this scale (needs failing, which does not hold) +6.4 points (95 % interval" in table
+    assert "13 min" in table and "Cost: what one run" in table and "on a small CPU, 2 threads." in table
+    assert "Says holding. holdingCompared: advbn, contrast-3 images, clean BN" in behind
+    for said in (
+        "Protocol: Protocol of leaning.", "Controls: augmix (AugMix, an augmentation of images)",
+        "number: ImageNet-Sketch accuracy, ResNet-50 on ImageNet: 27.9 %", "Needs: failing.",
+        "Written: after the records had been seen",
+    ):  # fmt: skip
+        assert said in behind and said not in table
+    html = (ledger / "_build" / "html" / "index.html").read_text()
+    assert re.search(r'class="[^"]*dropdown', html) and "<dl" in html
 
 
 def test_nothing_tested_and_nothing_failing_are_said_in_words(ledger):

@@ -1,20 +1,26 @@
 """Run records: what is written is what is read, and what was edited is noticed."""
 
+import copy
 import dataclasses
+import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from advbn_book import wording
 from conftest import ROOT
 from scipy import stats
 
-from advbn_lib import records
-from advbn_lib.experiments import EXPERIMENTS
-from advbn_lib.measurements import MEASUREMENTS
+from advbn_lib import mixing_bench, records
+from advbn_lib.evaluation import family_means, shift_means
+from advbn_lib.experiments import EXPERIMENTS, find
+from advbn_lib.measurements import MEASUREMENTS, config_of
 from advbn_lib.presets import PRESETS
 from advbn_lib.records import Record, RecordError
+from advbn_lib.robustness import areas
 from advbn_lib.running import prepare
 
 COMMITTED = sorted(ROOT.glob("records/*/*.json"))
@@ -232,11 +238,183 @@ def test_there_are_records_only_in_folders_that_mean_something():
     assert {path.parent.name for path in COMMITTED} <= {*EXPERIMENTS, *MEASUREMENTS}
 
 
+# What a digest cannot show: it can be renewed. So a record must fit itself, and the configuration that it names.
+
+
+def faults(found: Record) -> list[str]:
+    """What is wrong with a record, in words."""
+    return [
+        *of_configuration(found),
+        *of_means(found),
+        *of_shares(found),
+        *of_where_it_ran(found),
+    ]
+
+
+def of_configuration(found: Record) -> list[str]:
+    if found.experiment in EXPERIMENTS:
+        expected = prepare(found.experiment, found.preset, found.seed, "cpu").config
+        return [] if found.config == expected else ["its configuration is not that of its name"]
+    expected = config_of(found.experiment, found.preset, found.seed)
+    recorded = {
+        {"benchmark": "measurement"}.get(name, name): value for name, value in found.config.items()
+    }  # renamed since
+    if found.experiment == "step_cost":  # methods may have come since; what was timed is in the record
+        timed = found.metrics["step_cost"]["seconds"]
+        expected["methods"] = {name: method for name, method in expected["methods"].items() if name in timed}
+    wrong = [] if recorded == expected else ["its configuration is not that of its name"]
+    if "benchmark" in found.config or found.key == key_of(found):  # the oldest records have another kind of key
+        return wrong
+    return [*wrong, "its key is not that of configuration, code, data and weights"]
+
+
+def key_of(found: Record) -> str:
+    """The key of a measurement, by another road than the library's."""
+    identity = {
+        "config": found.config,
+        "code": found.code["hash"],
+        "data": found.data,
+        "weights": found.weights.get("sha256"),
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def of_means(found: Record) -> list[str]:
+    """Numbers that follow from others in the record."""
+    metrics, wrong = found.metrics, []
+    if found.experiment in EXPERIMENTS:
+        for group, function in (("mean", family_means), ("shift", shift_means)):
+            if metrics[group] != {branch: function(shares) for branch, shares in metrics["accuracy"].items()}:
+                wrong.append(f"{group} does not follow from accuracy")
+    if "area" in metrics and found.experiment in EXPERIMENTS:
+        curves = {
+            name: {float(strength): share for strength, share in curve.items()}
+            for name, curve in metrics["robust"].items()
+        }
+        if metrics["area"] != areas(curves, find(found.experiment, found.preset)[1].attacked):
+            wrong.append("area does not follow from robust")
+    for table in metrics.get("mixing", {}).values():
+        levels = [share for level, share in table.items() if level not in ("unbiased", mixing_bench.BIASED)]
+        if table[mixing_bench.BIASED] != pytest.approx(sum(levels) / len(levels)):
+            wrong.append("mean_biased does not follow from the levels")
+    if "step_cost" in metrics:
+        seconds = metrics["step_cost"]["seconds"]
+        if metrics["step_cost"]["ratio"] != {name: each / seconds["pretrain"] for name, each in seconds.items()}:
+            wrong.append("ratio does not follow from seconds")
+    if "iou" in metrics and metrics["segmentation"]["miou"] != pytest.approx(
+        sum(metrics["iou"].values()) / len(metrics["iou"])
+    ):
+        wrong.append("miou does not follow from iou")
+    if "classes" in metrics and metrics["detection"]["map"] != pytest.approx(
+        sum(metrics["classes"].values()) / len(metrics["classes"])
+    ):
+        wrong.append("map does not follow from classes")
+    return wrong
+
+
+def of_shares(found: Record) -> list[str]:
+    groups = {name: table for name, table in found.metrics.items() if wording.is_accuracy(name)}
+    if "segmentation" in groups:
+        groups["segmentation"] = {n: value for n, value in groups["segmentation"].items() if n != "absent_classes"}
+    if found.experiment in EXPERIMENTS and not any(groups["accuracy"].values()):
+        return ["it has no accuracy"]
+    outside = [value for value in numbers(groups) if not 0 <= value <= 1]
+    return [f"shares outside 0 to 1: {outside}"] if outside else []
+
+
+def numbers(table: dict) -> list[float]:
+    return [number for value in table.values() for number in (numbers(value) if isinstance(value, dict) else [value])]
+
+
+def of_where_it_ran(found: Record) -> list[str]:
+    wrong, hardware = [], found.hardware
+    if not re.fullmatch("[0-9a-f]{64}", found.code["hash"]) or not re.fullmatch("[0-9a-f]{64}", found.key):
+        wrong.append("a hash is not 64 hexadecimal digits")
+    versions = {name: tuple(map(int, re.findall(r"\d+", text)[:2])) for name, text in found.versions.items()}
+    if versions.keys() != LEAST_VERSIONS.keys() or any(
+        versions[name] < least for name, least in LEAST_VERSIONS.items()
+    ):
+        wrong.append(f"versions {found.versions}")
+    # No preset says how many threads; the workflow gives each run one. The loader's speed is that of the machine.
+    if hardware["gpu"] is None and found.experiment != "loader_speed" and hardware["threads"] != 1:
+        wrong.append(f"{hardware['threads']} threads")
+    if not 1 <= hardware["threads"] <= hardware["cores"]:
+        wrong.append(f"{hardware['threads']} threads on {hardware['cores']} cores")
+    parts = [found.cost.get(name) for name in ("train_seconds", "test_seconds", "wall_seconds")]
+    if any(part is not None and part < 0 for part in parts):
+        wrong.append("a time below zero")
+    if found.experiment in EXPERIMENTS and parts[2] != pytest.approx(parts[0] + parts[1], abs=0.01):
+        wrong.append("wall_seconds are not those of training and test")
+    return wrong
+
+
+LEAST_VERSIONS = {"python": (3, 11), "torch": (2, 6), "torchvision": (0, 21), "numpy": (1, 26)}
+
+
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_a_committed_record_can_be_read_and_its_configuration_is_known(path: Path):
+def test_a_committed_record_can_be_read_and_fits_itself_and_its_configuration(path: Path):
     found = records.read(path)
     assert found.preset in PRESETS or found.preset in MEASUREMENTS[found.experiment].presets
-    if found.experiment in EXPERIMENTS:
-        assert found.config == prepare(found.experiment, found.preset, found.seed, "cpu").config
-        shares = [share for table in found.metrics["accuracy"].values() for share in table.values()]
-        assert shares and all(0 <= share <= 1 for share in shares)
+    assert faults(found) == []
+
+
+def test_seeds_of_one_experiment_were_run_by_the_same_code_and_threads():
+    by_name: dict[tuple[str, str], set] = {}
+    for path in COMMITTED:
+        found = records.read(path)
+        by_name.setdefault((found.experiment, found.preset), set()).add((found.code["hash"], found.hardware["threads"]))
+    assert {name: ran for name, ran in by_name.items() if len(ran) > 1} == {}
+
+
+def changed(found: Record, path: str, value) -> Record:
+    """A copy with another value at e.g. ``"metrics/mean/clean/style"``."""
+    body = copy.deepcopy(dataclasses.asdict(found))
+    *way, last = path.split("/")
+    table = body
+    for part in way:
+        table = table[part]
+    assert last in table and table[last] != value
+    table[last] = value
+    return Record(**body)
+
+
+EDITS = [
+    ("advbn/cpu", "metrics/mean/clean/corruptions", 0.75, "mean does not follow"),
+    ("advbn/cpu", "metrics/shift/clean/fog", 0.99, "shift does not follow"),
+    ("advbn/cpu", "metrics/accuracy/clean/fog-3", 0.99, "mean does not follow"),
+    ("advbn/cpu", "metrics/accuracy/clean/clean", 0.99, "shift does not follow"),
+    ("advbn/cpu", "config/method/eps", 0.5, "configuration"),
+    ("detection_afan/cpu", "metrics/detection/map_50", 1.2, "shares outside"),
+    ("advbn/cpu", "config/seed", 1, "configuration"),
+    ("advbn/cpu", "code/hash", "abc", "hexadecimal"),
+    ("advbn/cpu", "versions/torch", "2.5.1", "versions"),
+    ("advbn/cpu", "hardware/threads", 2, "2 threads"),
+    ("advbn/cpu", "cost/train_seconds", 1.0, "wall_seconds"),
+    ("pgd_8/cpu_attack", "metrics/area/clean", 0.4, "area does not follow"),
+    ("pgd_8/cpu_attack", "metrics/robust/clean/8", 0.5, "area does not follow"),
+    ("step_cost/cpu_scratch", "metrics/step_cost/ratio/afan", 1.5, "ratio does not follow"),
+    ("segmentation_afan/cpu", "metrics/segmentation/miou", 0.6, "miou does not follow"),
+    ("detection_afan/cpu", "metrics/detection/map", 0.9, "map does not follow"),
+    ("detection_afan/cpu", "config/schedule/epochs", 60, "its key"),
+    ("detection_afan/cpu", "code/hash", "0" * 64, "its key"),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "value", "fault"), EDITS, ids=[f"{edit[0]}: {edit[1]}" for edit in EDITS])
+def test_an_edit_with_a_renewed_digest_does_not_fit(tmp_path, name, place, value, fault):
+    path = ROOT / "records" / f"{name}-s0.json"
+    if not path.is_file():
+        pytest.skip(f"there is no record {name}")
+    found = records.read(path)
+    written = records.write(changed(found, place, value), tmp_path)  # with a digest of its own
+    assert records.read(written) != found, "the digest alone says nothing"
+    assert any(fault in words for words in faults(records.read(written))), faults(records.read(written))
+
+
+def test_who_renews_digest_and_key_is_told_by_the_configuration():
+    path = ROOT / "records" / "detection_afan" / "cpu-s0.json"
+    if not path.is_file():
+        pytest.skip("there is no record of detection_afan")
+    edited = changed(records.read(path), "config/schedule/epochs", 60)
+    renewed = dataclasses.replace(edited, key=key_of(edited))
+    assert faults(renewed) == ["its configuration is not that of its name"]

@@ -13,11 +13,13 @@ from sphinx.util.docutils import SphinxDirective
 from advbn_lib import claims, records
 
 from . import wording
-from .index import table_of
+from .index import duration, folded, table_of
 from .roles import depend_on_records, records_folder
 
 logger = logging.getLogger(__name__)
-HOLDS, FAILS, NOT_RUN = "holds at this scale", "does not hold at this scale", "not run"
+HOLDS, FAILS, INCOMPLETE, NOT_RUN = "holds at this scale", "does not hold at this scale", "incomplete", "not run"
+WITHOUT_VERDICT = (NOT_RUN, INCOMPLETE)
+BEHIND = "What is behind these verdicts: protocols, controls, the papers' numbers"
 
 
 class Ledger(SphinxDirective):
@@ -52,26 +54,40 @@ class Ledger(SphinxDirective):
 
 
 class ClaimsLedger(Ledger):
-    """``{claims-ledger} PRESET``: a table of the claims in ``book/claims.yml`` that are decided at that preset."""
+    """``{claims-ledger} PRESET``: the claims in ``book/claims.yml`` that are decided at that preset.
+
+    A narrow table with the verdicts, and below it a box that opens, with what does not fit: a definition for each claim.
+    """
 
     required_arguments = 1
 
     def shown(self, chosen, folder):
         preset = self.arguments[0]
         findings = [self.decided(claim, preset, folder) for claim in chosen if preset in claim.presets]
+        machines = {one.machine for finding in findings for one in finding.cost}
         # the verdict early: a phone shows two columns
         rows = [
-            [finding.claim.says, finding.verdict, effect(finding), compared(finding.claim), limit(finding.claim)]
+            [finding.claim.says, finding.in_words, effect(finding), limit(finding.claim), cost(finding, machines)]
             for finding in findings
         ]
-        return [table_of(["claim", "verdict", "effect", "compared", "holds if above"], rows)]
+        table = table_of(["claim", "verdict", "effect", "holds if above", "cost"], rows)
+        behind = nodes.definition_list("", *[self.behind(finding.claim) for finding in findings])
+        return [table, *cost_note(machines), folded(BEHIND, behind)]
+
+    def behind(self, claim: claims.Claim) -> nodes.definition_list_item:
+        told = [("Compared", compared(claim)), *claims.details(claim)]
+        texts = [nodes.paragraph("", "", nodes.strong("", f"{title}: "), nodes.Text(text)) for title, text in told]
+        name = nodes.literal("", claim.id)
+        return nodes.definition_list_item(
+            "", nodes.term("", claim.says, nodes.Text(" "), name), nodes.definition("", *texts)
+        )
 
 
 class ClaimsNotHolding(Ledger):
     """``{claims-not-holding}``: a table of the claims that were tested and do not hold, or are undecided, at any scale.
 
-    What does not hold comes first. Each effect, with interval, seeds and scale, leads to its records. With ``:not-run:`` a table of
-    the claims that have no verdict yet, and where they are to get one.
+    What does not hold comes first. Each effect, with interval, seeds and scale, leads to its records. What lacks seeds is counted,
+    but it has no verdict. With ``:not-run:`` a table of the claims that have no verdict yet, and where they are to get one.
     """
 
     option_spec = {**Ledger.option_spec, "not-run": directives.flag}
@@ -80,15 +96,19 @@ class ClaimsNotHolding(Ledger):
         findings = [self.decided(claim, preset, folder) for claim in chosen for preset in claim.presets]
         if "not-run" in self.options:
             return self.not_run(findings)
-        tested = [finding for finding in findings if finding.verdict != NOT_RUN]
+        tested = [finding for finding in findings if finding.verdict not in WITHOUT_VERDICT]
         found = [finding for finding in tested if finding.verdict != HOLDS]
+        lacking = sum(finding.verdict == INCOMPLETE for finding in findings)
+        more = f" Not decided yet, for want of seeds: {lacking}." if lacking else ""
         if not found:
             words = "Every claim that was tested holds." if tested else "None of these claims has been tested yet."
-            return [nodes.paragraph("", words)]
+            return [nodes.paragraph("", words + more)]
         found.sort(key=lambda finding: finding.verdict != FAILS)  # stable: the ledger's order within each verdict
-        counted = nodes.paragraph("", f"{len(found)} of {len(tested)} verdicts.")
+        failing = sum(finding.verdict == FAILS for finding in found)
+        tally = f"Does not hold: {failing}. Undecided: {len(found) - failing}."
+        words = f"{len(found)} of {len(tested)} verdicts. {tally}"
         head = ["claim", "verdict", "effect", "compared", "holds if above"]
-        return [counted, table_of(head, [self.row(finding) for finding in found])]
+        return [nodes.paragraph("", words + more), table_of(head, [self.row(finding) for finding in found])]
 
     def row(self, finding: claims.Finding) -> list:
         claim = finding.claim
@@ -97,23 +117,38 @@ class ClaimsNotHolding(Ledger):
             "", nodes.inline("", effect(finding)), refdomain="std", reftype="ref", refexplicit=True, refwarn=True,
             reftarget=target, refdoc=self.env.docname,
         )  # fmt: skip
-        return [f"{claim.paper}: {claim.says}", finding.verdict, link, compared(claim), limit(claim)]
+        return [f"{claim.paper}: {claim.says}", finding.in_words, link, compared(claim), limit(claim)]
 
     def not_run(self, findings: list[claims.Finding]) -> list[nodes.Node]:
         waiting: dict[str, list[str]] = {}
         for finding in findings:
-            if finding.verdict == NOT_RUN:
+            if finding.verdict in WITHOUT_VERDICT:
                 words = f"{finding.claim.paper}: {finding.claim.says}"
-                waiting.setdefault(words, []).append(finding.preset)
+                seeds = f" ({finding.reason})" if finding.reason else ""
+                waiting.setdefault(words, []).append(f"{finding.preset}{seeds}")
         if not waiting:
             return [nodes.paragraph("", "Every claim has a verdict at every scale that it is decided at.")]
-        return [table_of(["claim", "not run at"], [[words, ", ".join(at)] for words, at in waiting.items()])]
+        return [table_of(["claim", "no verdict at"], [[words, ", ".join(at)] for words, at in waiting.items()])]
+
+
+def cost_note(machines: set[str]) -> list[nodes.Node]:
+    """What the column of costs is, below a table that has some."""
+    words = "Cost: what one run of the experiment named first took, its training and its test; mean over its seeds"
+    where = f", on {next(iter(machines))}" if len(machines) == 1 else ""
+    return [nodes.paragraph("", f"{words}{where}.")] if machines else []
+
+
+def cost(finding: claims.Finding, machines: set[str]) -> str:
+    """``"9 min"``; with the machine, if the table has several."""
+    return "; ".join(
+        duration(3600 * one.hours) + (f" ({one.machine})" if len(machines) > 1 else "") for one in finding.cost
+    )
 
 
 def effect(finding: claims.Finding) -> str:
-    """The effect with interval, seeds and scale, or ``"not run"``."""
+    """The effect with interval, seeds and scale; of what lacks seeds, the effect so far. Or ``"not run"``."""
     if finding.effect is None:
-        return NOT_RUN
+        return NOT_RUN if finding.verdict == NOT_RUN else finding.reason
     in_words = wording.level if finding.claim.second is None else wording.gap
     return in_words(finding.effect, finding.claim.first.metric, finding.preset)
 
