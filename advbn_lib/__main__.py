@@ -214,14 +214,11 @@ def _plan(options: argparse.Namespace) -> None:
     for name, preset in dict.fromkeys((one.experiment, one.preset) for one in lacking):
         seeds = [str(one.seed) for one in lacking if (one.experiment, one.preset) == (name, preset)]
         print(f"    {name} ({preset}): {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}")
-    estimates = costs(lacking, options.records)
+    estimates = costs(lacking, options.records, Path("runs"))
     if lacking and not estimates:
         print("What they will cost is not known: no run of their kind has a record.")
     for cost in estimates:
-        unknown = f", and {cost.unknown} runs that no record of this machine tells about" if cost.unknown else ""
-        print(f"about {cost.hours:.1f} hours one after the other ({cost.machine}){unknown}")
-    if lacking:
-        print("Trainings whose weights are gone come on top: a test needs them, and trains anew what is not in runs/.")
+        print(cost)
 
 
 def _rows(found: list[records.Record]) -> str:

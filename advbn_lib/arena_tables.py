@@ -5,6 +5,7 @@ What has no record is left out, and :meth:`Arena.commands` says how to make it. 
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,12 @@ from advbn_lib import records
 from advbn_lib.records import Estimate, Record, RecordError
 
 Verdict = Literal["better", "worse", "undecided", "one seed"]
-COST = "cost"  # the column of training cost, as a ratio to natural training
-TIMES = "times natural"
+COST = "cost"  # the column of training cost, as a ratio to that of one of the methods
+CLOCKS = {  # of training cost, by the kind of device: other programs lengthen the clock's time, but a GPU has no time of its own
+    "cpu": ("cost/train_cpu_seconds", "seconds of computing on a CPU, summed over threads"),
+    "cuda": ("cost/train_seconds", "seconds by the clock on a GPU"),
+}
+MEMORY = "training_memory_mib"
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Arena:
         name: in words. preset: of the records.
         natural: label of the arm that others are compared with.
         arms: the rows. columns: the main measures. families: the corruptions by family.
-        seconds: the metric that costs are taken from.
+        cost_of: label of the arm whose cost is 1.
     """
 
     name: str
@@ -65,11 +70,11 @@ class Arena:
     arms: tuple[Arm, ...]
     columns: tuple[Column, ...]
     families: tuple[Column, ...]
-    seconds: str
+    cost_of: str = "natural"
 
-    def at(self, preset: str, name: str) -> Arena:
+    def at(self, preset: str, name: str, cost_of: str = "natural") -> Arena:
         """The same comparison at another preset."""
-        return replace(self, preset=preset, name=name)
+        return replace(self, preset=preset, name=name, cost_of=cost_of)
 
     def runs(self, folder: Path | None = None) -> dict[Arm, list[Record]]:
         """Records by arm, for arms that have any; an arm lacks the seeds that what it goes on from lacks."""
@@ -92,7 +97,7 @@ class Arena:
         ]
 
     def values(self, columns: Iterable[Column], folder: Path | None = None) -> dict[str, dict[str, Estimate]]:
-        """Label to measure to its value over seeds; with natural training run, also to ``COST``."""
+        """Label to measure to its value over seeds, and to ``COST`` where that is known."""
         runs = self.runs(folder)
         costs = self.costs(folder)
         return {
@@ -135,38 +140,67 @@ class Arena:
         }
 
     def costs(self, folder: Path | None = None) -> dict[str, Estimate]:
-        """Label to the seconds of its training in those of natural training, seed by seed; empty if that was not run.
+        """Label to the time of its training in that of ``cost_of``'s, seed by seed; what it goes on from counts.
 
-        One method read through two sets has one cost.
+        Times are those of ``CLOCKS``; a ratio is of two of the same kind. Without ``cost_of``'s records there are none. One method
+        read through two sets has one cost.
         """
         runs = self.runs(folder)
-        natural = self._natural(runs)
-        if natural is None:
+        unit = next((arm for arm in runs if arm.label == self.cost_of), None)
+        if unit is None:
             return {}
-        plain, found = self._seconds(natural, runs[natural], folder), {}
+        one, found = self._seconds(unit, runs[unit], folder), {}
         for arm, of_arm in runs.items():
             taken = self._seconds(arm, of_arm, folder)
-            if ratios := [taken[seed] / plain[seed] for seed in taken if seed in plain]:
-                found[arm.label] = records.estimate(ratios)
+            both = [seed for seed in taken if seed in one and taken[seed][0] == one[seed][0] and one[seed][1] > 0]
+            if both:
+                found[arm.label] = records.estimate([taken[seed][1] / one[seed][1] for seed in both])
         return found
 
+    def clocks(self, folder: Path | None = None) -> list[str]:
+        """In words, what costs are measured by: one kind of time for each kind of device that its records are from."""
+        kinds = {_device(run) for found in self.runs(folder).values() for run in found}
+        return [words for kind, (_, words) in CLOCKS.items() if kind in kinds]
+
     def memory(self, folder: Path | None = None) -> dict[str, float]:
-        """Label to the most memory that a training or test took, in MiB, mean over the seeds whose machine tells."""
-        told = {
-            arm.label: [run.metric("cost/peak_memory_mib") for run in found if run.cost["peak_memory_mib"] is not None]
-            for arm, found in self.runs(folder).items()
-        }
-        return {label: fmean(peaks) for label, peaks in told.items() if peaks}
+        """Label to the most memory that its training took on top of what was there before, in MiB; mean over seeds.
+
+        Of the GPU, or of the process on a CPU. Only over seeds whose records tell: older ones and some systems do not. What it goes
+        on from counts: the larger of the two.
+        """
+        told: dict[str, list[float]] = {}
+        for arm, found in self.runs(folder).items():
+            for runs in self._together(arm, found, folder).values():
+                peaks = [run.cost.get(MEMORY) for run in runs]
+                if None not in peaks and any(peaks):
+                    told.setdefault(arm.label, []).append(max(peaks))
+        return {label: fmean(peaks) for label, peaks in told.items()}
+
+    def links(self, arm: Arm) -> str:
+        """Links to the records of a row: those of what it goes on from, and its own."""
+        names = (*arm.before, arm.experiment)
+        return ", ".join(
+            record_link(name, self.preset, f"records of {name}" if arm.before else "records") for name in names
+        )
 
     def _natural(self, runs: Runs) -> Arm | None:
         return next((arm for arm in runs if arm.label == self.natural), None)
 
-    def _seconds(self, arm: Arm, found: Sequence[Record], folder: Path | None) -> dict[int, float]:
+    def _together(self, arm: Arm, found: Sequence[Record], folder: Path | None) -> dict[int, list[Record]]:
+        """By seed, an arm's record and those of what it goes on from."""
         before = [{run.seed: run for run in self._load(name, folder)} for name in arm.before]
-        return {
-            run.seed: run.metric(self.seconds) + sum(runs[run.seed].metric(self.seconds) for runs in before)
-            for run in found
-        }
+        return {run.seed: [*(runs[run.seed] for runs in before), run] for run in found}
+
+    def _seconds(self, arm: Arm, found: Sequence[Record], folder: Path | None) -> dict[int, tuple[str, float]]:
+        """By seed, the kind of time and how much of it; without seeds whose records do not tell, or are from different devices."""
+        taken = {}
+        for seed, runs in self._together(arm, found, folder).items():
+            kinds = {_device(run) for run in runs}
+            metric = CLOCKS[kinds.pop()][0]
+            values = [run.cost.get(metric.removeprefix("cost/")) for run in runs]
+            if not kinds and None not in values:
+                taken[seed] = (metric, sum(run.metric(metric) for run in runs))
+        return taken
 
     def _load(self, experiment: str, folder: Path | None) -> list[Record]:
         return records.load(experiment, self.preset, folder)
@@ -181,8 +215,8 @@ def verdict(difference: Estimate, low_is_good: bool = False) -> Verdict:
     return "undecided"
 
 
-def record_link(experiment: str, preset: str) -> str:
-    """A link in HTML from a chapter to an experiment's place on the built book's page of records.
+def record_link(experiment: str, preset: str, words: str = "records") -> str:
+    """A link in HTML from a chapter to an experiment's place on the built book's page of records, which has all of its seeds.
 
     Raises:
         RecordError: a name that the page could not have.
@@ -190,7 +224,11 @@ def record_link(experiment: str, preset: str) -> str:
     name = f"{experiment}-{preset}"
     if not name.replace("_", "").replace("-", "").isalnum():
         raise RecordError(f"{name!r} is no name of records")
-    return f'<a href="../book/records.html#record-{name.replace("_", "-")}">records</a>'
+    return f'<a href="../book/records.html#record-{name.replace("_", "-")}">{html.escape(words)}</a>'
+
+
+def _device(run: Record) -> str:
+    return "cuda" if run.hardware.get("device") == "cuda" else "cpu"
 
 
 def _path(column: Column, arm: Arm) -> str:
@@ -230,12 +268,12 @@ DIGITS = Arena(
         _digits("colour_gap", "colour gap", True, "mean_biased"),
         _digits("corruptions", "corr."),
         _digits("style", "style"),
-        _digits("pgd_4", "PGD 4"),
+        _digits("pgd_2", "PGD 2"),
+        _digits("pgd_8", "PGD 8"),
         _digits("pgd_16", "PGD 16"),
         _digits("calibration_error", "ECE", True),
     ),
     families=tuple(_digits(family, family) for family in ("noise", "blur", "weather", "digital")),
-    seconds="cost/train_cpu_seconds",
 )  # fmt: skip
 CIFAR = Arena(
     "CIFAR-10, epoch-matched", "cpu_arena", "natural",
@@ -266,11 +304,10 @@ CIFAR = Arena(
         Column("ECE", "calibration_error/{branch}", True),
     ),
     families=tuple(Column(family, f"mean/{{branch}}/{family}") for family in ("noise", "blur", "weather", "digital")),
-    seconds="cost/train_seconds",
 )  # fmt: skip
 ARENAS = (
     DIGITS,
-    DIGITS.at("cpu_digits_arena_compute", "coloured digits, compute-matched"),
+    DIGITS.at("cpu_digits_arena_compute", "coloured digits, compute-matched", cost_of="PGD"),
     CIFAR,
-    CIFAR.at("cpu_arena_compute", "CIFAR-10, compute-matched"),
+    CIFAR.at("cpu_arena_compute", "CIFAR-10, compute-matched", cost_of="PGD"),
 )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from advbn_lib import (
+    arena_cost,
     benchmarks,
     detection_bench,
     digits_arena,
@@ -213,6 +214,10 @@ MEASUREMENTS = {
         Measurement(
             "step_cost", "seconds of a training step of A-FAN, its controls and AdvProp, beside plain training",
             COST_PRESETS, _cost_config, COST_CODE, _step_cost, repeatable=False,
+        ),
+        Measurement(
+            "arena_step_cost", "seconds of a training step of every method of an arena: how many epochs the same time is worth",
+            arena_cost.AT, arena_cost.config, arena_cost.CODE, arena_cost.measure, repeatable=False,
         ),
         Measurement(
             "appearance", "decoded worst-case features beside other changes of the same size: is it style or content?",

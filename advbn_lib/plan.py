@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 from advbn_lib import digits_arena, mixing_bench, records, smiles_bench, stylegan_mixing_bench
-from advbn_lib.attack_measurements import CHECKED, OF_STATISTICS
+from advbn_lib.attack_measurements import CHECKED, OF_STATISTICS, PROBED
 from advbn_lib.experiments import ABLATIONS, ATTACKED, EXPERIMENTS, FROM_SCRATCH, HEADLINE, TRAINED_ON, find
 from advbn_lib.presets import PRESETS
 
@@ -23,7 +23,7 @@ _BENCHES = tuple(
     f"{task}_{method}" for task in ("detection", "segmentation") for method in ("plain", "afan", "noise", "extra_forwards")
 )  # fmt: skip
 _ATTACKED = ("pretrain", *(experiment.name for experiment in ATTACKED))
-_ATTACK_MEASUREMENTS = ("strength_statistics", "masking_checks", "attack_agreement")
+_ATTACK_MEASUREMENTS = ("strength_statistics", "strength_probe", "masking_checks", "attack_agreement")
 _HEADLINE = tuple(experiment.name for experiment in HEADLINE if experiment.name != "pretrain")
 _ABLATIONS = (
     "untouched", "clean_finetuning", "random_statistics", "advbn", "advbn_eps05",
@@ -49,12 +49,12 @@ SCALES: dict[str, dict[str, tuple[str, ...]]] = {
         "cpu_pacs": _CONTROLLED,
         "cpu_scratch": _FROM_SCRATCH,
         "cpu_attack": (*_ATTACKED, *_ATTACK_MEASUREMENTS),
-        "cpu_arena": _ARENA,
+        "cpu_arena": ("arena_step_cost", *_ARENA),  # first: the epochs of the next preset rest on it
         "cpu_arena_compute": _ARENA,
         "cpu_mixing": _MIXING,
         "cpu_generator": ("generator", "encoding", *_STYLEGAN),
         "cpu_smiles": _SMILES,
-        "cpu_digits_arena": _DIGITS,
+        "cpu_digits_arena": ("arena_step_cost", *_DIGITS),
         "cpu_digits_arena_compute": _DIGITS,
     },
     "gpu": {
@@ -67,7 +67,8 @@ SCALES: dict[str, dict[str, tuple[str, ...]]] = {
 # Run once: at cpu scale the published weights are tested, and no seed is in it; one generator comes with the library.
 _ONE_SEED = {("untouched", "cpu"), ("generator", "cpu_generator")}
 _TRAINED_BY_OTHERS = {
-    "strength_statistics": OF_STATISTICS, "masking_checks": CHECKED, "attack_agreement": CHECKED, "appearance": ("pretrain",),
+    "strength_statistics": OF_STATISTICS, "strength_probe": PROBED, "masking_checks": CHECKED, "attack_agreement": CHECKED,
+    "appearance": ("pretrain",),
 }  # fmt: skip
 
 
@@ -103,11 +104,26 @@ class Cost:
     Attributes:
         machine: as records name it, with the threads a run had.
         hours: one run after the other. unknown: how many runs no record tells about.
+        rough: how many of the runs were never made on this machine: they count as the mean of the other runs of their preset.
+        trainings: how many trainings of ``hours`` are made again, because their weights are gone.
     """
 
     machine: str
     hours: float
     unknown: int
+    rough: int = 0
+    trainings: int = 0
+
+    def __str__(self) -> str:
+        """A line for a plan."""
+        told = [f"about {self.hours:.1f} hours one after the other ({self.machine})"]
+        if self.rough:
+            told.append(f"roughly: {self.rough} of the runs are guessed from others of their preset")
+        if self.trainings:
+            told.append(f"with {self.trainings} trainings made again, because their weights are gone")
+        if self.unknown:
+            told.append(f"and {self.unknown} runs that no record of this machine tells about")
+        return ", ".join(told)
 
 
 def planned(scale: str, seeds: Iterable[int] | None = None) -> list[Planned]:
@@ -125,7 +141,9 @@ def planned(scale: str, seeds: Iterable[int] | None = None) -> list[Planned]:
     for preset, names in SCALES[scale].items():
         wanted = MORE_SEEDS.get(preset, SEEDS) if asked is None else asked
         runs += [
-            Planned(name, preset, seed) for name in names for seed in wanted[: 1 if (name, preset) in _ONE_SEED else None]
+            Planned(name, preset, seed)
+            for name in names
+            for seed in wanted[: 1 if (name, preset) in _ONE_SEED else None]
         ]
     return runs
 
@@ -145,23 +163,63 @@ def missing(runs: Iterable[Planned], folder: Path | None = None) -> list[Planned
     return lacking
 
 
-def past_hours(folder: Path | None = None) -> dict[str, dict[tuple[str, str], float]]:
-    """What runs took: mean hours by kind of machine and by (experiment, preset)."""
+def to_train_again(runs: Iterable[Planned], runs_folder: Path) -> list[Planned]:
+    """Trainings that the runs begin with, whose weights are not in the folder, and which are not among the runs themselves."""
+    runs, found = list(runs), {}
+    waiting = list(runs)
+    while waiting:
+        for start in waiting.pop().begins_with:
+            if (
+                start not in found
+                and not (runs_folder / start.experiment / f"{start.preset}-s{start.seed}" / "final.pt").exists()
+            ):
+                found[start] = start not in runs
+                waiting.append(start)
+    return [start for start, beside in found.items() if beside]
+
+
+def past_hours(
+    folder: Path | None = None, metric: str = "cost/wall_seconds"
+) -> dict[str, dict[tuple[str, str], float]]:
+    """What runs took: mean hours by kind of machine and by (experiment, preset).
+
+    Args:
+        metric: seconds; records without it are left out.
+    """
     known: dict[str, dict[tuple[str, str], list[float]]] = {}
     for record in records.load_all(folder):
-        times = known.setdefault(machine(record), {})
-        times.setdefault((record.experiment, record.preset), []).append(record.metric("cost/wall_seconds") / 3600)
+        if record.cost.get(metric.removeprefix("cost/")) is not None:
+            times = known.setdefault(machine(record), {})
+            times.setdefault((record.experiment, record.preset), []).append(record.metric(metric) / 3600)
     return {name: {pair: fmean(hours) for pair, hours in times.items()} for name, times in known.items()}
 
 
-def costs(runs: Iterable[Planned], folder: Path | None = None) -> list[Cost]:
-    """What the runs will cost, by kind of machine, the best known first; from the records of the same experiment and preset."""
-    wanted, found = [(run.experiment, run.preset) for run in runs], []
+def costs(runs: Iterable[Planned], folder: Path | None = None, runs_folder: Path | None = None) -> list[Cost]:
+    """What the runs will cost, by kind of machine, the best known first.
+
+    From the records of the same experiment and preset. Where there is none, from the other runs of the preset: roughly, their mean.
+
+    Args:
+        runs_folder: where weights are kept. Trainings that must be made again, because theirs are gone, are then counted, too.
+    """
+    runs = list(runs)
+    again = [] if runs_folder is None else to_train_again(runs, runs_folder)
+    trained, found = past_hours(folder, "cost/train_seconds"), []
     for name, hours in past_hours(folder).items():
-        told = [hours[pair] for pair in wanted if pair in hours]
+        whole = [_hours(run, hours) for run in runs]
+        parts = [_hours(run, trained.get(name, {})) for run in again]
+        told = [one for one in (*whole, *parts) if one is not None]
         if told:
-            found.append(Cost(name, sum(told), len(wanted) - len(told)))
-    return sorted(found, key=lambda cost: (cost.unknown, cost.hours))
+            rough = sum(one is not None and (run.experiment, run.preset) not in hours for run, one in zip(runs, whole))
+            unknown, more = len(whole) + len(parts) - len(told), len(parts) - parts.count(None)
+            found.append(Cost(name, sum(told), unknown, rough, more))
+    return sorted(found, key=lambda cost: (cost.unknown, cost.rough, cost.hours))
+
+
+def _hours(run: Planned, known: dict[tuple[str, str], float]) -> float | None:
+    """Those of the same experiment and preset, else the mean of the preset's, else None."""
+    beside = [hours for (_, preset), hours in known.items() if preset == run.preset]
+    return known.get((run.experiment, run.preset), fmean(beside) if beside else None)
 
 
 def machine(record: records.Record) -> str:

@@ -220,7 +220,7 @@ PRESETS |= {
         attacked=StrengthTest(strengths=(0, 2, 8), cross_strengths=(8,)), beside=Beside(apgd_images=1_000, apgd_steps=100),
     ),
 }  # fmt: skip
-# As long as 6 epochs of PGD training take, from the computing time of a training step, one thread, measured once; whole epochs.
+# Whole epochs that take about as long as 6 epochs of PGD training. A test holds them against the records of arena_step_cost.
 # AFA's two stages share the time.
 PRESETS["cpu_arena_compute"] = dataclasses.replace(
     PRESETS["cpu_arena"],

@@ -34,6 +34,7 @@ from advbn_lib.provenance import code_hash, git_state, hardware, peak_memory_mib
 from advbn_lib.robustness import strength_test
 from advbn_lib.side_by_side import side_by_side
 from advbn_lib.training import History, Schedule, precision_on, train
+from advbn_lib.training_cost import TrainingCost, metered
 from advbn_lib.weights import published_weights
 
 # What decides about trained weights, and what besides about a record: the method's own module comes on top. Not this module, which
@@ -120,7 +121,8 @@ class Trained:
     Attributes:
         history: of its losses. key: equal keys, equal weights.
         data: what it was trained on. weights: what it started from.
-        hardware, peak_memory_mib: of the training.
+        hardware, peak_memory_mib: of the training; the peak is that of the process.
+        cost: of the training alone; its numbers are None for weights of before they were measured.
     """
 
     method: Method
@@ -130,6 +132,7 @@ class Trained:
     weights: dict[str, Any]
     hardware: dict[str, Any]
     peak_memory_mib: float | None
+    cost: TrainingCost
 
 
 def prepare(
@@ -189,14 +192,16 @@ def train_method(job: Run, again: bool = False) -> Trained:
     method = job.experiment.method.build(network, train_set).to(job.device)
     final, parts = job.folder / "final.pt", {"model": method.model}
     if again or not final.exists() or read_checkpoint(final)["key"] != key:
-        history = _train(job, method, train_set, key)
+        history, cost = _train(job, method, train_set, key)
         machine = {**hardware(job.device), "precision": str(job.precision).removeprefix("torch.")}
         done = {"history": dataclasses.asdict(history), "hardware": machine, "memory": peak_memory_mib(job.device)}
+        done["cost"] = dataclasses.asdict(cost)
         save_checkpoint(final, parts, done, key)
         _checkpoint(job, key).unlink(missing_ok=True)
     done = load_checkpoint(final, parts, key)
     data = {train_set.name: _describe(train_set)}
-    return Trained(method, History(**done["history"]), key, data, weights, done["hardware"], done["memory"])
+    cost = TrainingCost(**done["cost"]) if "cost" in done else TrainingCost(None, None)
+    return Trained(method, History(**done["history"]), key, data, weights, done["hardware"], done["memory"], cost)
 
 
 def training_images(job: Run) -> ImageSet:
@@ -246,6 +251,7 @@ def _record(
     test_seconds: float,
 ) -> records.Record:  # fmt: skip
     losses, train_seconds = trained.history.losses, round(trained.history.seconds, 2)
+    computing = trained.cost.cpu_seconds
     return records.Record(
         experiment=job.experiment.name,
         preset=job.preset_name,
@@ -264,9 +270,11 @@ def _record(
         },
         cost={
             "train_seconds": train_seconds,
+            "train_cpu_seconds": None if computing is None else round(computing, 2),
             "test_seconds": test_seconds,
             "wall_seconds": round(train_seconds + test_seconds, 4),
             "peak_memory_mib": trained.peak_memory_mib,
+            "training_memory_mib": trained.cost.memory_mib,
         },
         hardware=trained.hardware,
         versions=versions(),
@@ -349,21 +357,23 @@ def _network_of(job: Run, name: str) -> nn.Module:
     return train_method(dataclasses.replace(job, experiment=experiment)).method.model
 
 
-def _train(job: Run, method: Method, train_set: ImageSet, key: str) -> History:
+def _train(job: Run, method: Method, train_set: ImageSet, key: str) -> tuple[History, TrainingCost]:
     if job.schedule is None:
-        return History()
+        return History(), TrainingCost()
     loader = DeviceLoader(
         train_set, job.schedule.batch_size, job.seed, job.device, flip=job.preset.data not in UNFLIPPED
     )
-    return train(
-        method,
-        loader,
-        job.schedule,
-        _checkpoint(job, key),
-        key,
-        show_progress=job.show_progress,
-        precision=job.precision,
-    )
+    with metered(job.device, kept_with=method) as cost:
+        history = train(
+            method,
+            loader,
+            job.schedule,
+            _checkpoint(job, key),
+            key,
+            show_progress=job.show_progress,
+            precision=job.precision,
+        )
+    return history, cost
 
 
 def _checkpoint(job: Run, key: str) -> Path:

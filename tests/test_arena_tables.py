@@ -26,8 +26,13 @@ def share(name: str, branch: str, metric: str, seed: int) -> float:
     return base + 0.001 * (sum(map(ord, name + branch + metric)) % 50) + 0.002 * seed
 
 
-def write(arena: Arena, folder: Path, names: set[str] | None = None, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
-    """Made-up records with all that the arena reads; an experiment's seconds are ten, and ten more for each letter beyond ten."""
+def write(
+    arena: Arena, folder: Path, names: set[str] | None = None, seeds: tuple[int, ...] = (0, 1, 2), device: str = "cpu", **cost,
+) -> None:  # fmt: skip
+    """Made-up records with all that the arena reads; an experiment's seconds are ten, and ten more for each letter beyond ten.
+
+    By the clock they are as many as the seed is larger than minus one: a busy machine. ``cost`` is put over the costs.
+    """
     for name in dict.fromkeys(name for arm in arena.arms for name in (*arm.before, arm.experiment)):
         for seed in seeds if names is None or name in names else ():
             metrics: dict = {}
@@ -39,10 +44,20 @@ def write(arena: Arena, folder: Path, names: set[str] | None = None, seeds: tupl
                         place = place.setdefault(part, {})
                     place[last] = share(name, arm.branch, column.metric, seed)
             seconds = 10.0 + 10 * max(0, len(name) - 10)
-            cost = {"train_seconds": seconds, "train_cpu_seconds": seconds, "peak_memory_mib": 100.0 + seed}
+            took = {
+                "train_seconds": seconds * (seed + 1),
+                "train_cpu_seconds": seconds,
+                "training_memory_mib": 100.0 + seed,
+                **cost,
+            }
+            took |= (
+                {"train_seconds": 0.0, "train_cpu_seconds": 0.0, "training_memory_mib": None}
+                if name == "untouched"
+                else {}
+            )
             run = Record(
-                experiment=name, preset=arena.preset, seed=seed, key="", config={}, metrics=metrics, curves={}, cost=cost,
-                hardware={}, versions={}, code={}, data={}, weights={}, created="",
+                experiment=name, preset=arena.preset, seed=seed, key="", config={}, metrics=metrics, curves={}, cost=took,
+                hardware={"device": device}, versions={}, code={}, data={}, weights={}, created="",
             )  # fmt: skip
             records.write(run, folder)
 
@@ -81,6 +96,42 @@ def test_costs_are_ratios_and_count_what_a_method_goes_on_from(tmp_path):
     both = sum(10.0 + 10 * (len(name) - 10) for name in ("afa_finetuning", "end_points_finetuning"))
     assert costs["natural"].mean == 1.0 and costs["AFA"].mean == pytest.approx(both / plain)
     assert costs["AdvBN"].mean == costs["AdvBN, adv. BN"].mean == pytest.approx(10 / plain)
+
+
+def test_costs_do_not_depend_on_what_else_a_cpu_does_and_are_by_the_clock_on_a_gpu(tmp_path):
+    write(CIFAR, tmp_path, {"plain_finetuning"})
+    write(CIFAR, tmp_path, {"advbn"}, seeds=(0,))
+    write(CIFAR, tmp_path, {"advbn"}, seeds=(1,), train_seconds=9e9)
+    ratios = CIFAR.costs(tmp_path)["AdvBN"]
+    assert ratios.n == 2 and ratios.low == ratios.mean == ratios.high
+    assert CIFAR.clocks(tmp_path) == ["seconds of computing on a CPU, summed over threads"]
+    write(CIFAR, tmp_path, {"advbn"}, seeds=(0, 1), device="cuda")
+    assert "AdvBN" not in CIFAR.costs(tmp_path), "a GPU's seconds in those of a CPU"
+    assert len(CIFAR.clocks(tmp_path)) == 2
+    write(CIFAR, tmp_path, {"plain_finetuning"}, device="cuda", train_cpu_seconds=1.0)
+    assert CIFAR.costs(tmp_path)["AdvBN"].mean == pytest.approx(10 / (10.0 + 10 * (len("plain_finetuning") - 10)))
+
+
+def test_records_of_before_cost_was_measured_show_none(tmp_path):
+    write(CIFAR, tmp_path, train_cpu_seconds=None, training_memory_mib=None)
+    assert CIFAR.costs(tmp_path) == CIFAR.memory(tmp_path) == {}
+    assert CIFAR.values(CIFAR.columns, tmp_path).keys() == {arm.label for arm in CIFAR.arms}
+    write(CIFAR, tmp_path, {"plain_finetuning", "advbn"}, seeds=(1,))
+    assert CIFAR.costs(tmp_path)["AdvBN"].n == 1 and CIFAR.memory(tmp_path)["AdvBN"] == 101
+
+
+def test_at_the_same_time_costs_are_in_those_of_pgd(tmp_path):
+    for arena in (ARENAS[1], ARENAS[3]):
+        write(arena, tmp_path)
+        costs = arena.costs(tmp_path)
+        assert costs["PGD"].mean == 1.0 and costs["natural"].mean != 1.0
+
+
+def test_memory_is_the_larger_of_a_training_and_of_what_it_goes_on_from(tmp_path):
+    write(CIFAR, tmp_path)
+    write(CIFAR, tmp_path, {"end_points_finetuning"}, training_memory_mib=500.0)
+    memory = CIFAR.memory(tmp_path)
+    assert memory["AFA"] == 500 and memory["PGD"] == 101 and "the start itself" not in memory
 
 
 def test_with_some_records_the_rest_is_left_out(tmp_path):
@@ -128,6 +179,9 @@ def test_links_lead_to_the_page_of_records():
 
     link = record_link("digits_advbn", "cpu_digits_arena")
     assert f'"../book/records.html#{make_id("record-digits_advbn-cpu_digits_arena")}"' in link
+    assert record_link("advbn", "cpu", "1 < 2").endswith(">1 &lt; 2</a>")
+    [afa] = [arm for arm in CIFAR.arms if arm.label == "AFA"]
+    assert all(f"record-{name}-finetuning-cpu-arena" in CIFAR.links(afa) for name in ("end-points", "afa"))
     with pytest.raises(RecordError, match="no name of records"):
         record_link('"><script>', "cpu")
 
@@ -150,9 +204,13 @@ def test_the_chapter_shows_what_there_is(tmp_path, monkeypatch, capsys, there):
         exec(compile(part.replace('preset = "auto"', 'preset = "smoke"'), CHAPTER.name, "exec"), names)
     said = capsys.readouterr().out
     assert said.count("not run yet") == (4 if there == "none" else 0)
-    assert len(figures) == {"none": 0, "some": 14, "all": 16}[there]
+    assert said.count("not timed yet") == 2 and "the time of 6 epochs of PGD training" in said
+    assert len(figures) == {"none": 0, "some": 13, "all": 16}[there]
     assert len(tables) == 1 + (0 if there == "none" else 4)
     for head, rows in tables[1:]:
         assert all(len(row) == len(head) and row[-1].startswith("<a href=") for row in rows)
+        assert all(cell == "–" or cell.startswith("<a href=") for row in rows for cell in row[3:-2]), (
+            "every cell is linked"
+        )
     if there == "all":
         assert "lack seeds" not in said and "–" not in {cell for row in tables[1][1][1:] for cell in row}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -93,11 +94,49 @@ def test_costs_are_those_of_runs_of_the_same_kind_on_each_machine(tmp_path):
     for seed, hours in ((0, 1.0), (1, 3.0)):
         records.write(record(Planned(*kind, seed), hours), tmp_path)
     records.write(record(Planned("untouched", "smoke", 0), 0.5, threads=2), tmp_path)
-    wanted = [Planned(*kind, 2), Planned(*kind, 3), Planned("augmix", "smoke", 0)]
-    assert costs(wanted, tmp_path) == [plan.Cost("A chip, 1 thread", 4.0, 1)]
-    also = [*wanted, Planned("untouched", "smoke", 1)]
-    assert costs(also, tmp_path) == [plan.Cost("A chip, 1 thread", 4.0, 2), plan.Cost("A chip, 2 threads", 0.5, 3)]
+    wanted = [Planned(*kind, 2), Planned(*kind, 3), Planned("afan", "cpu_scratch", 0)]
+    assert costs(wanted, tmp_path) == [
+        plan.Cost("A chip, 1 thread", 4.0, 1),
+        plan.Cost("A chip, 2 threads", 1.0, 1, rough=2),
+    ]
     assert costs([], tmp_path) == [] == costs(wanted, tmp_path / "none")
+
+
+def test_a_run_that_was_never_made_is_guessed_from_its_preset(tmp_path):
+    """An experiment's seeds count as one: the mean is over experiments."""
+    for name, seed, hours in (("advbn", 0, 1.0), ("advbn", 1, 3.0), ("untouched", 0, 0.5), ("untouched", 1, 0.5)):
+        records.write(record(Planned(name, "smoke", seed), hours), tmp_path)
+    wanted = [Planned("advbn", "smoke", 2), Planned("augmix", "smoke", 0), Planned("advbn", "cpu", 0)]
+    [found] = costs(wanted, tmp_path)
+    assert found == plan.Cost("A chip, 1 thread", 2.0 + (2.0 + 0.5) / 2, 1, rough=1)
+    assert str(found) == (
+        "about 3.2 hours one after the other (A chip, 1 thread), roughly: 1 of the runs are guessed from others of their preset, "
+        "and 1 runs that no record of this machine tells about"
+    )
+
+
+def test_trainings_whose_weights_are_gone_are_counted_once(tmp_path):
+    """AFA needs its end points; the end points of the other seed are still there, and those of a third are to be run anyway."""
+    for seed in (0, 1, 2):
+        one = record(Planned("end_points", "smoke_attack", seed), 1.0)
+        records.write(dataclasses.replace(one, cost={**one.cost, "train_seconds": 1800.0}), tmp_path)
+        records.write(record(Planned("afa", "smoke_attack", seed), 0.25), tmp_path)
+    kept = tmp_path / "runs" / "end_points" / "smoke_attack-s1" / "final.pt"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    wanted = [Planned("afa", "smoke_attack", seed) for seed in (0, 1, 2)]
+    wanted += [Planned("end_points", "smoke_attack", 2), Planned("afa_network", "smoke_attack", 0)]
+    again = plan.to_train_again(wanted, tmp_path / "runs")
+    assert again == [Planned("end_points", "smoke_attack", 0)]
+    [found], [without] = costs(wanted, tmp_path, tmp_path / "runs"), costs(wanted, tmp_path)
+    assert (found.trainings, without.trainings) == (1, 0) and found.hours == pytest.approx(without.hours + 0.5)
+    assert "with 1 trainings made again" in str(found)
+
+
+def test_weights_that_other_lost_weights_begin_with_are_trained_again_too(tmp_path):
+    [afa] = [run for run in planned("cpu", [0]) if (run.experiment, run.preset) == ("afa_finetuning", "cpu_arena")]
+    names = {run.experiment for run in plan.to_train_again([afa], tmp_path)}
+    assert names == {"end_points_finetuning", "pretrain"}
 
 
 def test_an_unknown_scale_is_refused():
@@ -115,7 +154,7 @@ def test_the_command_says_what_is_missing_and_what_it_costs(tmp_path, capsys):
     Planned("advbn", "smoke", 0).record(tmp_path).unlink()
     assert main(["--records", str(tmp_path), "plan", "--preset", "smoke", "--seed", "0"]) == 0
     said = capsys.readouterr().out
-    assert "advbn (smoke): seed 0\n" in said and "about 0.8 hours one after the other (A chip, 1 thread)\n" in said
+    assert "advbn (smoke): seed 0\n" in said and "about 0.8 hours one after the other (A chip, 1 thread)" in said
 
 
 def test_the_command_prints_every_claim_and_its_verdict(tmp_path, capsys):

@@ -16,7 +16,7 @@ from conftest import ENVIRONMENT, command_line, differing, tiny_images
 
 from advbn_lib import records, running
 from advbn_lib.__main__ import main
-from advbn_lib.checkpoints import CheckpointError, read_checkpoint
+from advbn_lib.checkpoints import CheckpointError, read_checkpoint, save_checkpoint
 from advbn_lib.confusion import accuracy_of, balanced_accuracy_of, commonest_answer_of, confusion
 from advbn_lib.data import DataError
 from advbn_lib.data.shifts import Shift
@@ -25,6 +25,7 @@ from advbn_lib.experiments import EXPERIMENTS, find
 from advbn_lib.presets import PRESETS, Preset, choose_preset
 from advbn_lib.provenance import state_checksum
 from advbn_lib.training import Schedule
+from advbn_lib.training_cost import KEPT_AS
 
 NAMES = (
     "pretrain", "untouched", "clean_finetuning", "random_statistics", "advbn", "advbn_eps05", "advbn_shared_bn", "augmix",
@@ -501,3 +502,45 @@ def test_an_interrupt_says_that_the_run_can_go_on(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("advbn_lib.__main__.run", interrupted)
     assert main(["--records", str(tmp_path), "run", "advbn"]) == 130
     assert "goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def test_a_record_says_what_its_training_took_and_keeps_it(small):
+    first = running.run(small("advbn"))
+    assert (
+        0 < first.metric("cost/train_cpu_seconds") < 60
+        and running.run(small("untouched")).cost["train_cpu_seconds"] == 0
+    )
+    tested_again = running.train_method(small("advbn")).cost
+    assert round(tested_again.cpu_seconds, 2) == first.cost["train_cpu_seconds"]
+    assert tested_again.memory_mib == first.cost["training_memory_mib"]
+
+
+def test_seconds_of_computing_go_on_after_a_kill(small, monkeypatch):
+    """Killed after its first epoch: what that took is in its checkpoint."""
+    job, plain, kept = small("pretrain"), running.train, []
+
+    def killed(method, *given, **options):
+        def stop(history):
+            kept.append(float(method.state_dict()[KEPT_AS]))
+            raise KeyboardInterrupt
+
+        return plain(method, *given, **options, after_epoch=stop)
+
+    monkeypatch.setattr(running, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        running.train_method(job)
+    monkeypatch.setattr(running, "train", plain)
+    trained = running.train_method(job)
+    assert trained.history.epoch == 2 and trained.cost.cpu_seconds > 0.8 * kept[0] > 0
+
+
+def test_weights_of_before_cost_was_measured_are_tested_and_say_nothing_of_it(small):
+    job = small("pretrain")
+    running.train_method(job)
+    final = job.folder / "final.pt"
+    state = read_checkpoint(final)
+    del state["progress"]["cost"]
+    save_checkpoint(final, {"model": running.train_method(job).method.model}, state["progress"], state["key"])
+    record = running.run(job)
+    assert record.cost["train_cpu_seconds"] is record.cost["training_memory_mib"] is None
+    assert record.metric("cost/train_seconds") > 0
