@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import cycle
 from statistics import fmean
 
@@ -230,7 +230,8 @@ def gain_and_cost(points: Points, *, xlabel: str, ylabel: str, title: str = "") 
         ax.axhline(0, color="0.35", linestyle="--", linewidth=1.2)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
-        ax.margins(x=0.08, y=0.1)
+        ax.set_xlim(*_whole_doublings(cost.mean for cost, _ in points.values()))
+        ax.margins(y=0.1)
         _label(ax, xlabel, ylabel, title)
         figure.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=0.8)
     return figure
@@ -241,6 +242,13 @@ def describe_gain_and_cost(points: Points) -> str:
     ordered = sorted(points.items(), key=lambda item: item[1][0].mean)
     told = "; ".join(f"{name}: {_value(gain.mean, False)} points at {cost.mean:.1f}" for name, (cost, gain) in ordered)
     return f"Gain of {len(points)} methods over their cost. {told}."
+
+
+def _whole_doublings(costs: Iterable[float]) -> tuple[float, float]:
+    """Limits with two powers of two or more within them, so that the axis has ticks, and a little room beside."""
+    logs = [math.log2(cost) for cost in costs]
+    low, high = math.floor(min(logs)), math.ceil(max(logs))
+    return 2 ** (low - 0.2), 2 ** (max(high, low + 1) + 0.2)
 
 
 def _numbered(ax: Axes, number: int, x: float, gain: Estimate, colour, label: str) -> None:

@@ -147,3 +147,12 @@ def test_gain_over_cost_is_numbered_and_has_intervals():
     for bad in ({}, {"free": (value(0.0), value(0.1))}):
         with pytest.raises(ValueError, match="above 0"):
             gain_and_cost(bad, xlabel="", ylabel="")
+
+
+@pytest.mark.parametrize("costs", [(2.5, 3.3), (2.0, 2.0), (0.7, 40.0)])
+def test_the_axis_of_costs_has_two_ticks_or_more(costs):
+    points = {str(number): (value(cost), value(0.1)) for number, cost in enumerate(costs)}
+    [ax] = gain_and_cost(points, xlabel="cost", ylabel="points").axes
+    low, high = ax.get_xlim()
+    assert sum(low <= tick <= high for tick in ax.get_xticks()) >= 2
+    assert low < min(costs) and max(costs) < high
