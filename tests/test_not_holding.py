@@ -60,8 +60,9 @@ def test_what_does_not_hold_is_listed_first_then_what_is_undecided(ledger):
     places = [page.index(f"Says {name}.") for name in ("failing", "alone", "undecided")]
     assert places == sorted(places) and "3 of 4 verdicts. Does not hold: 2. Undecided: 1." in page
     assert "Says holding." not in page and "Says waiting." not in page
-    assert "\N{MINUS SIGN}6.4 points (95 % interval" in page and "paired by seed, n = 3 seeds, cpu scale)" in page
-    assert "71.6 % (95 % interval" in page and "90.0 %" in page, "a claim of one side, and its limit"
+    assert "effect [95 % interval]" in page
+    assert "\N{MINUS SIGN}6.4 points [" in page and "], n = 3, cpu scale" in page
+    assert "71.6 % [" in page and "90.0 %" in page, "a claim of one side, and its limit"
     html = (ledger / "_build" / "html" / "index.html").read_text()
     assert 'href="all.html#record-clean-finetuning-cpu"' in html, "effects lead to their records"
 
@@ -105,8 +106,8 @@ def test_the_ledger_shows_verdicts_and_folds_what_is_behind_them(ledger):
     words = " ".join(page.split())
     assert warnings == ""
     table, behind = words.split("What is behind these verdicts", 1)
-    assert "claim verdict effect holds if above cost" in table
-    assert "undecided at this scale (needs failing, which does not hold) +6.4 points (95 % interval" in table
+    assert "claim verdict effect [95 % interval] holds if above cost" in table
+    assert "undecided at this scale (needs failing, which does not hold) +6.4 points [" in table
     assert "13 min" in table and "Cost: what one run" in table and "on a small CPU, 2 threads." in table
     assert "Says holding. holdingCompared: advbn, contrast-3 images, clean BN" in behind
     for said in (

@@ -19,6 +19,7 @@ from .roles import depend_on_records, records_folder
 logger = logging.getLogger(__name__)
 HOLDS, FAILS, INCOMPLETE, NOT_RUN = "holds at this scale", "does not hold at this scale", "incomplete", "not run"
 WITHOUT_VERDICT = (NOT_RUN, INCOMPLETE)
+EFFECT = "effect [95 % interval]"
 BEHIND = "What is behind these verdicts: protocols, controls, the papers' numbers"
 
 
@@ -70,7 +71,7 @@ class ClaimsLedger(Ledger):
             [finding.claim.says, finding.in_words, effect(finding), limit(finding.claim), cost(finding, machines)]
             for finding in findings
         ]
-        table = table_of(["claim", "verdict", "effect", "holds if above", "cost"], rows)
+        table = table_of(["claim", "verdict", EFFECT, "holds if above", "cost"], rows)
         behind = nodes.definition_list("", *[self.behind(finding.claim) for finding in findings])
         return [table, *cost_note(machines), folded(BEHIND, behind)]
 
@@ -107,14 +108,14 @@ class ClaimsNotHolding(Ledger):
         failing = sum(finding.verdict == FAILS for finding in found)
         tally = f"Does not hold: {failing}. Undecided: {len(found) - failing}."
         words = f"{len(found)} of {len(tested)} verdicts. {tally}"
-        head = ["claim", "verdict", "effect", "compared", "holds if above"]
+        head = ["claim", "verdict", EFFECT, "compared", "holds if above"]
         return [nodes.paragraph("", words + more), table_of(head, [self.row(finding) for finding in found])]
 
     def row(self, finding: claims.Finding) -> list:
         claim = finding.claim
         target = f"record-{claim.first.experiment}-{finding.preset}"
         link = addnodes.pending_xref(
-            "", nodes.inline("", effect(finding)), refdomain="std", reftype="ref", refexplicit=True, refwarn=True,
+            "", nodes.inline("", f"{effect(finding)}, {finding.preset} scale"), refdomain="std", reftype="ref", refexplicit=True, refwarn=True,
             reftarget=target, refdoc=self.env.docname,
         )  # fmt: skip
         return [f"{claim.paper}: {claim.says}", finding.in_words, link, compared(claim), limit(claim)]
@@ -146,11 +147,10 @@ def cost(finding: claims.Finding, machines: set[str]) -> str:
 
 
 def effect(finding: claims.Finding) -> str:
-    """The effect with interval, seeds and scale; of what lacks seeds, the effect so far. Or ``"not run"``."""
+    """The effect with interval and seeds; of what lacks seeds, the effect so far. Or ``"not run"``."""
     if finding.effect is None:
         return NOT_RUN if finding.verdict == NOT_RUN else finding.reason
-    in_words = wording.level if finding.claim.second is None else wording.gap
-    return in_words(finding.effect, finding.claim.first.metric, finding.preset)
+    return wording.brief(finding.effect, finding.claim.first.metric, paired=finding.claim.second is not None)
 
 
 def limit(claim: claims.Claim) -> str:

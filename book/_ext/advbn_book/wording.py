@@ -9,6 +9,7 @@ SHARES = (
     "accuracy", "mean", "shift", "balanced", "commonest_answer", "detection", "segmentation", "robust", "area",
     "mixing", "apgd", "calibration_error", "digits", "smiles",
 )  # fmt: skip
+INTERVAL = "95 % interval "
 
 
 def number(value: float, metric: str, signed: bool = False) -> str:
@@ -53,7 +54,15 @@ def interval(estimate, metric: str, signed: bool = False) -> str:
     if is_accuracy(metric) and not signed:  # a share cannot leave 0 to 1, though a t interval does not know that
         low, high = max(low, 0.0), min(high, 1.0)
     low, high = (number(value, metric, signed) for value in (low, high))
-    return f"95 % interval {low} to {high}"
+    return f"{INTERVAL}{low} to {high}"
+
+
+def brief(estimate, metric: str, paired: bool) -> str:
+    """For a table whose head says what the brackets are: '+3.1 points [+2.5, +3.7], n = 3'; of one seed 'no interval'."""
+    unit = (" points" if paired else " %") if is_accuracy(metric) else ""
+    value, spread = number(estimate.mean, metric, signed=paired), interval(estimate, metric, signed=paired)
+    spread = f"[{spread.removeprefix(INTERVAL).replace(' to ', ', ')}]" if estimate.n > 1 else f"({spread})"
+    return f"{value}{unit} {spread}, n = {estimate.n}"
 
 
 def level(estimate, metric: str, preset: str) -> str:
