@@ -118,7 +118,9 @@ class ClaimsNotHolding(Ledger):
             "", nodes.inline("", f"{effect(finding)}, {finding.preset} scale"), refdomain="std", reftype="ref", refexplicit=True, refwarn=True,
             reftarget=target, refdoc=self.env.docname,
         )  # fmt: skip
-        return [f"{claim.paper}: {claim.says}", finding.in_words, link, compared(claim), limit(claim)]
+        of_one_paper = "," not in self.options.get("papers", ",")
+        says = claim.says if of_one_paper else f"{claim.paper}: {claim.says}"
+        return [says, finding.in_words, link, compared(claim), limit(claim)]
 
     def not_run(self, findings: list[claims.Finding]) -> list[nodes.Node]:
         waiting: dict[str, list[str]] = {}
