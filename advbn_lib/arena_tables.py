@@ -76,6 +76,10 @@ class Arena:
         """The same comparison at another preset."""
         return replace(self, preset=preset, name=name, cost_of=cost_of)
 
+    def without(self, label: str) -> Arena:
+        """The same comparison without one of the main measures."""
+        return replace(self, columns=tuple(column for column in self.columns if column.label != label))
+
     def runs(self, folder: Path | None = None) -> dict[Arm, list[Record]]:
         """Records by arm, for arms that have any; an arm lacks the seeds that what it goes on from lacks."""
         found = {}
@@ -265,12 +269,12 @@ DIGITS = Arena(
     columns=(
         _digits("accuracy", "clean"),
         _digits("accuracy", "bias", level="mean_biased"),
-        _digits("colour_gap", "colour gap", True, "mean_biased"),
         _digits("corruptions", "corr."),
         _digits("style", "style"),
         _digits("pgd_2", "PGD 2"),
         _digits("pgd_8", "PGD 8"),
         _digits("pgd_16", "PGD 16"),
+        _digits("apgd", "APGD 16"),
         _digits("calibration_error", "ECE", True),
     ),
     families=tuple(_digits(family, family) for family in ("noise", "blur", "weather", "digital")),

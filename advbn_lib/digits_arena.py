@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 
 from advbn_lib.attacks import PGD
-from advbn_lib.calibration import calibration
 from advbn_lib.checkpoints import read_checkpoint, save_checkpoint
 from advbn_lib.data.classes import require_all_classes
 from advbn_lib.data.colour_mnist import UNBIASED, ColouredDigits, coloured, coloured_digits
@@ -50,6 +49,7 @@ from advbn_lib.mixing import ColourDecoder, MixingLoader
 from advbn_lib.models.digit_cnn import DigitCNN
 from advbn_lib.provenance import state_checksum
 from advbn_lib.robustness import StrengthTest, strength_test
+from advbn_lib.side_by_side import Beside, side_by_side
 from advbn_lib.style_mix import StyleBank
 from advbn_lib.tasks.classification import Classification
 from advbn_lib.training import Schedule, train
@@ -83,7 +83,7 @@ class DigitsArena:
         pgd_eps, pgd_steps: of attacks while training, of PGD training and of AFA; the radius is in 1/255.
         mix_eps, mix_steps, mix_restarts: of AdvMix, see there. RandMix has the same eps.
         clean_weight: of AdvMix and RandMix.
-        bins: of confidence, see :mod:`advbn_lib.calibration`.
+        beside: calibration, and an attack that is not ours.
         epochs: of methods that train longer or shorter than ``schedule`` says, by name; milestones move along.
 
     Raises:
@@ -106,7 +106,7 @@ class DigitsArena:
     mix_steps: int = 3
     mix_restarts: int = 3
     clean_weight: float = 0.5
-    bins: int = 15
+    beside: Beside = Beside(radius=16.0)
     epochs: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self):
@@ -252,7 +252,7 @@ class DigitsRun:
       ``accuracy`` is than that;
     - ``corruptions``, ``noise``, ``blur``, ``weather``, ``digital``, ``style``: means over the shifts of a family that are tested;
     - ``pgd_<strength>``: on the first test images, attacked, by the strength in 1/255;
-    - ``calibration_error``: on unchanged test images.
+    - ``apgd``, ``calibration_error``: see :func:`~advbn_lib.side_by_side.side_by_side`.
 
     ``cost`` has seconds of training, by the clock and of computing on CPUs, the most memory that training took at any level, and
     forward and backward passes through the network for one training image in one epoch, those of the search for a worst case among
@@ -445,7 +445,7 @@ def _measured(
         measured |= {family: found} if found else {}
     for strength in arena.attacked.strengths[1:]:
         measured[f"pgd_{strength:g}"] = {branch: shares[f"{strength:g}"] for branch, shares in robust.items()}
-    return {**measured, "calibration_error": calibration(method, test, arena.bins)}
+    return {**measured, **side_by_side(method, test, arena.beside)}
 
 
 def _as_long(schedule: Schedule, epochs: int) -> Schedule:
@@ -475,7 +475,7 @@ ARENAS: dict[str, DigitsArena] = {
         data_set="digits", images=(320, 200), width=4, levels=(0.02, UNBIASED),
         schedule=Schedule(epochs=2, batch_size=64, lr=0.05), shifts=("gaussian_noise-3", "contrast-3", "inverted"),
         attacked=StrengthTest(strengths=(0, 2, 8, 16), steps=3, images=64, fixed_weights=(), cross_strengths=()),
-        pgd_steps=2, mix_steps=2, mix_restarts=2,
+        pgd_steps=2, mix_steps=2, mix_restarts=2, beside=Beside(apgd_images=0),  # which needs no library that Colab lacks
     ),
     "cpu_digits_arena": _CPU,
     "cpu_digits_arena_compute": dataclasses.replace(

@@ -20,7 +20,7 @@ class Beside:
     """How much of it.
 
     Args:
-        apgd_images: how many of the first test images APGD attacks.
+        apgd_images: how many of the first test images APGD attacks; 0: it is left out.
         apgd_steps: of its ascent.
         radius: of its l-infinity ball, in 1/255.
         bins: of confidence, see :func:`~advbn_lib.calibration.expected_calibration_error`.
@@ -37,8 +37,10 @@ class Beside:
     batch_size: int = 100
 
     def __post_init__(self):
-        if min(self.apgd_images, self.apgd_steps, self.bins, self.batch_size) < 1:
-            raise ValueError(f"apgd_images, apgd_steps, bins and batch_size are at least 1; got {self}")
+        if self.apgd_images < 0 or min(self.apgd_steps, self.bins, self.batch_size) < 1:
+            raise ValueError(
+                f"apgd_steps, bins and batch_size are at least 1, and apgd_images is at least 0; got {self}"
+            )
         if not 0.05 <= self.radius <= 255:
             raise ValueError(f"the radius is in 1/255, to 255 at most: write 8 for 8/255; got {self.radius}")
 
@@ -57,20 +59,21 @@ class Through(nn.Module):
 def side_by_side(
     method: Method, test: ImageSet, config: Beside = Beside(), precision: torch.dtype = torch.float32
 ) -> dict[str, dict[str, float]]:
-    """Two groups of metrics, each by branch: ``calibration_error`` of all test images, and ``apgd``.
+    """Two groups of metrics, each by branch: ``calibration_error`` of all test images, and ``apgd`` unless it is left out.
 
     ``apgd`` is the share of right answers under APGD (Croce and Hein, ICML 2020) with the cross-entropy, from 0 to 1; an image that
     is answered wrongly unchanged counts as broken. The attack is torchattacks'. A model that predicts fusing weights is attacked as
     it is, through them, and not through its end points.
 
     Raises:
-        ImportError: torchattacks is not installed; the message says how to install it.
+        ImportError: APGD is wanted, and torchattacks is not installed; the message says how to install it.
     """
+    measured = {"calibration_error": calibration(method, test, config.bins, precision)}
+    if not config.apgd_images:
+        return measured
     attacked = ("fused",) if "fused" in method.branches else method.branches
-    return {
-        "calibration_error": calibration(method, test, config.bins, precision),
-        "apgd": {branch: _apgd(method, branch, test.first(config.apgd_images), config) for branch in attacked},
-    }
+    images = test.first(config.apgd_images)
+    return {**measured, "apgd": {branch: _apgd(method, branch, images, config) for branch in attacked}}
 
 
 def _apgd(method: Method, branch: str, test: ImageSet, config: Beside) -> float:

@@ -22,9 +22,11 @@ from advbn_lib.digits_arena import (
 )
 from advbn_lib.measuring import Job
 from advbn_lib.robustness import StrengthTest
+from advbn_lib.side_by_side import Beside
 from advbn_lib.training import Schedule
 
 pytest.importorskip("sklearn")
+pytest.importorskip("torchattacks")
 CPU = torch.device("cpu")
 FINE_TUNED = ("clean_finetuning", "random_statistics", "advbn", "augmix", "advbn_augmix")
 MEASURES = {
@@ -37,6 +39,7 @@ MEASURES = {
     "pgd_2",
     "pgd_8",
     "pgd_16",
+    "apgd",
     "calibration_error",
 }
 
@@ -45,6 +48,7 @@ def short(**changes) -> DigitsArena:
     attacked = StrengthTest(strengths=(0, 2, 8, 16), steps=2, images=30, fixed_weights=(), cross_strengths=())
     sizes = {"images": (64, 60), "schedule": Schedule(epochs=2, batch_size=32, lr=0.05), "levels": (0.02,)}
     sizes |= {"shifts": ("gaussian_noise-3", "inverted"), "attacked": attacked}
+    sizes |= {"beside": Beside(apgd_images=8, apgd_steps=2, radius=16.0)}
     return dataclasses.replace(ARENAS["smoke_digits_arena"], **{**sizes, **changes})
 
 
@@ -62,7 +66,7 @@ def test_every_method_gives_the_same_measures(method):
     dual = {name: {"clean", "adversarial"} for name in ("random_statistics", "advbn", "advbn_augmix")}
     assert branches == (wanted | dual).get(method, {"clean"})
     for measure, by_branch in measured.items():
-        attacked_alone = measure.startswith("pgd_") and method == "afa"
+        attacked_alone = measure.startswith(("pgd_", "apgd")) and method == "afa"
         assert set(by_branch) == ({"fused"} if attacked_alone else branches)
         for shares in by_branch.values():
             assert shares.keys() == {"0.02", BIASED} and shares["0.02"] == shares[BIASED]

@@ -97,9 +97,19 @@ def test_a_model_that_predicts_weights_is_attacked_as_it_is():
     assert set(found["apgd"]) == {"fused"} and set(found["calibration_error"]) == {"fused", "clean", "adversarial"}
 
 
+def test_without_apgd_its_library_is_not_asked_for(monkeypatch):
+    monkeypatch.setattr("advbn_lib.side_by_side.libraries", lambda: pytest.fail("asked for"))
+    assert side_by_side(Method(Brightness()), tiny_images(8), Beside(apgd_images=0)).keys() == {"calibration_error"}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"apgd_images": 0}, "at least 1"), ({"radius": 0.03}, "write 8 for 8/255"), ({"bins": 0}, "at least 1")],
+    [
+        ({"apgd_images": -1}, "at least 0"),
+        ({"apgd_steps": 0}, "at least 1"),
+        ({"radius": 0.03}, "write 8 for 8/255"),
+        ({"bins": 0}, "at least 1"),
+    ],
 )
 def test_bad_sizes_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
