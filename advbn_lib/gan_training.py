@@ -27,9 +27,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from advbn_lib.checkpoints import load_checkpoint, save_checkpoint
+from advbn_lib.data.classes import require_all_classes
 from advbn_lib.data.images import DataError, ImageSet
 from advbn_lib.files import atomic_write
 from advbn_lib.models.style_discriminator import Discriminator
@@ -196,20 +197,21 @@ def train_gan(
 
     Args:
         images: are kept on the device, as uint8.
-        folder: for checkpoints, written about every ``save_every`` seconds while neither network is winning for good, and for
-            sample grids, ``samples-STEP.png``; None: nothing is written.
+        folder: for a checkpoint of the training and a copy of the last generator in order, both written about every ``save_every``
+            seconds, and for sample grids, ``samples-STEP.png``; None: nothing is written.
         sample_every: steps between grids of the same 64 made pictures.
         after_samples: called with each step and its grid (64,C,R,R), in [0,1] and on the device. A resumed run calls it again
             for the steps that it repeats.
 
     Raises:
-        DataError: the pictures have another size or other channels than the configuration.
-        Diverged: a loss is NaN or infinite, or one network has won for good, as ``schedule`` says; it carries the last
-            generator in order, and the checkpoint is from then or before.
+        DataError: the pictures have another size or other channels than the configuration, or a class has none: what is not
+            shown is not made. Pictures without labels are of one class.
+        Diverged: a loss or a weight is NaN or infinite, or one network has won for good, as ``schedule`` says; it carries the last
+            generator in order, and names the file in ``folder`` that has it.
         CheckpointError: the checkpoint is damaged.
     """
     device = torch.device(device)
-    pixels = training_pixels(images, config).to(device)
+    pixels = training_pixels(require_all_classes(images), config).to(device)
     generator, discriminator = new_networks(config, seed, device)
     average = copy.deepcopy(generator).eval().requires_grad_(False)
     optimizers = [
@@ -221,7 +223,8 @@ def train_gan(
     checkpoint = None if folder is None else folder / f"gan-{key[:12]}.pt"
     resume = checkpoint is not None and checkpoint.exists()
     history = GANHistory(**load_checkpoint(checkpoint, parts, key)) if resume else GANHistory()
-    good, waiting, looked, saved = Good(average, history.step), [], time.perf_counter(), time.perf_counter()
+    good = Good(average, history.step, key, None if folder is None else folder / f"good-{key[:12]}.pt")
+    waiting, looked, saved = [], time.perf_counter(), time.perf_counter()
     steps = range(history.step, schedule.steps)
     for step in progress(steps, "generator", show_progress, initial=history.step, total=schedule.steps):
         waiting.append(gan_step(generator, discriminator, optimizers, pixels, schedule, seed, step))
@@ -229,14 +232,15 @@ def train_gan(
         history.step = step + 1
         over = history.step == schedule.steps
         if over or history.step % LOOK_EVERY == 0:
-            problem = history.add(waiting, schedule)
+            problem = history.add(waiting, schedule) or not_finite(generator, discriminator)
             now = time.perf_counter()
             history.seconds, looked = history.seconds + now - looked, now
             if problem is not None:
                 raise good.diverged(problem, history.step)
             if history.healthy:
                 good.keep(average, history.step)
-            if checkpoint is not None and (over or (history.healthy and now - saved > save_every)):
+            if checkpoint is not None and (over or now - saved > save_every):
+                good.save()
                 save_checkpoint(checkpoint, parts, asdict(history), key)
                 looked = saved = time.perf_counter()
         if over or history.step % sample_every == 0:
@@ -295,20 +299,39 @@ def move_average(average: Generator, generator: Generator, schedule: GANSchedule
     average.mean_w.copy_(generator.mean_w)  # an average already
 
 
-class Good:
-    """A copy of the moving average as it was last in order."""
+def not_finite(*networks: nn.Module) -> str | None:
+    """What is wrong, in words, if a weight of a network is NaN or infinite. A loss shows it only one step later."""
+    finite = [torch.isfinite(weight).all() for network in networks for weight in network.parameters()]
+    return None if bool(torch.stack(finite).all()) else "a weight is NaN or infinite"
 
-    def __init__(self, average: Generator, step: int):
-        self.generator, self.step = copy.deepcopy(average), step
+
+class Good:
+    """A copy of the moving average as it was last in order, in memory and, by :meth:`save`, in a file.
+
+    Args:
+        average, step: what to begin with; a file of the same training goes before it.
+        key: of the training. path: of the file; None: there is none.
+    """
+
+    def __init__(self, average: Generator, step: int, key: str, path: Path | None):
+        self.generator, self.step, self.key, self.path = copy.deepcopy(average), step, key, path
+        if step and path is not None and path.exists():
+            self.step = load_checkpoint(path, {"average": self.generator}, key)["step"]
 
     def keep(self, average: Generator, step: int) -> None:
         self.generator.load_state_dict(average.state_dict())
         self.step = step
 
+    def save(self) -> None:
+        if self.path is not None:
+            save_checkpoint(self.path, {"average": self.generator}, {"step": self.step}, self.key)
+
     def diverged(self, problem: str, step: int) -> Diverged:
+        self.save()
+        kept = "that state is kept" if self.path is None else f"that state is kept in {self.path.name}"
         return Diverged(
-            f"{problem}, at step {step}. The generator was last in order after step {self.step}: that state is kept. Try a lower "
-            "learning rate; a larger r1 if the discriminator wins, a smaller one if it loses; or another seed",
+            f"{problem}, at step {step}. The generator was last in order after step {self.step}: {kept}. Try a lower learning rate; "
+            "a larger r1 if the discriminator wins, a smaller one if it loses; or another seed",
             self.generator, self.step,
         )  # fmt: skip
 

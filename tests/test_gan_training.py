@@ -172,7 +172,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(tmp_path, monkeypatch, kil
 
     def save_and_die(path, parts, progress, key):
         save_checkpoint(path, parts, progress, key)
-        if progress["step"] == killed_at:
+        if path.name.startswith("gan-") and progress["step"] == killed_at:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -237,7 +237,7 @@ def test_nan_stops_the_training_and_the_last_good_state_is_kept(tmp_path, monkey
     images = two_colours()
     up_to_8 = trained(replace(QUICK, steps=8), images=images)
     poisoned_from(9, monkeypatch)
-    with pytest.raises(Diverged, match="NaN or infinite, at step 12.*in order after step 8") as caught:
+    with pytest.raises(Diverged, match="NaN or infinite, at step 12.*in order after step 8.*kept in good-") as caught:
         trained(folder=tmp_path, save_every=0.0, images=images)
     assert caught.value.step == 8
     assert differing(caught.value.generator.state_dict(), up_to_8.generator.state_dict()) == []
@@ -245,6 +245,27 @@ def test_nan_stops_the_training_and_the_last_good_state_is_kept(tmp_path, monkey
     state = read_checkpoint(path)
     assert state["progress"]["step"] == 8
     assert differing(state["parts"]["average"], up_to_8.generator.state_dict()) == []
+
+
+@pytest.mark.parametrize("broken", [0, 1], ids=("generator", "discriminator"))
+def test_a_weight_that_breaks_in_the_last_step_before_a_look_is_not_kept(tmp_path, monkeypatch, broken):
+    """The losses of that step are still in order: they were computed before."""
+    original = gan_training.gan_step
+
+    def gan_step(*arguments):
+        figures = original(*arguments)
+        if arguments[-1] == 7:
+            with torch.no_grad():
+                next(arguments[broken].parameters()).fill_(math.inf)
+        return figures
+
+    monkeypatch.setattr(gan_training, "gan_step", gan_step)
+    with pytest.raises(Diverged, match="a weight is NaN or infinite, at step 8.*in order after step 4"):
+        trained(folder=tmp_path, save_every=0.0)
+    for path in tmp_path.glob("*.pt"):
+        state = read_checkpoint(path)
+        assert state["progress"]["step"] == 4
+        assert all(bool(value.isfinite().all()) for value in state["parts"]["average"].values())
 
 
 def test_a_real_divergence_is_noticed():
@@ -268,10 +289,18 @@ def test_a_discriminator_that_wins_for_good_stops_the_training(tmp_path, monkeyp
     schedule = replace(QUICK, steps=2000, lr=1e-2, r1=0.0, won=0.99, lost=0.5, patience=40)
     with pytest.raises(Diverged, match="discriminator has won: at least 99.0% .* for 40 steps") as caught:
         trained(schedule, folder=tmp_path, save_every=0.0)
-    (path,) = tmp_path.glob("gan-*.pt")
-    # What is kept is from before the streak, so that it can be taken up again.
-    progress = read_checkpoint(path)["progress"]
-    assert progress["step"] == caught.value.step and progress["won"] == progress["lost"] == 0
+    (checkpoint,), (good,) = (list(tmp_path.glob(f"{name}-*.pt")) for name in ("gan", "good"))
+    progress = read_checkpoint(checkpoint)["progress"]
+    assert progress["step"] > caught.value.step and progress["won"] > 0  # a streak is no reason to lose the way so far
+    kept = read_checkpoint(good)
+    assert kept["progress"]["step"] == caught.value.step
+    assert differing(kept["parts"]["average"], caught.value.generator.state_dict()) == []
+    # Taken up again in the streak, it ends in the same way, with the same generator.
+    state["calls"] -= state["calls"] % 2
+    with pytest.raises(Diverged) as again:
+        trained(schedule, folder=tmp_path, save_every=0.0)
+    assert again.value.step == caught.value.step
+    assert differing(again.value.generator.state_dict(), caught.value.generator.state_dict()) == []
 
 
 def test_a_discriminator_that_loses_for_good_stops_the_training(monkeypatch):
@@ -330,6 +359,12 @@ def test_a_grey_generator():
     assert result.generator(torch.randn(2, 6)).shape == (2, 1, 8, 8)
     picture = Image.open(io.BytesIO(as_png(torch.rand(4, 1, 8, 8))))
     assert picture.size == (37, 10)
+
+
+def test_a_class_without_a_picture_is_refused():
+    images = replace(two_colours(), classes=("any", "none of these"))
+    with pytest.raises(DataError, match="no image of none of these"):
+        trained(images=images)
 
 
 @pytest.mark.parametrize(
