@@ -8,22 +8,28 @@ is as in :mod:`advbn_lib.mixing_bench`, but smaller: a pass through the generato
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from advbn_lib.data.colour_mnist import EXTREME, UNBIASED, ColouredDigits
 from advbn_lib.encoding_bench import BENCHES as ENCODING_BENCHES
 from advbn_lib.encoding_bench import Tools, tools_of
 from advbn_lib.generators import shipped_encoder
+from advbn_lib.methods.advmix import climb_of
+from advbn_lib.methods.base import Method
+from advbn_lib.mixing import Mixer, worst_style
 from advbn_lib.mixing_bench import Level, MixingBench, gathered, level_name, tested
 from advbn_lib.mixing_methods import ABOUT as ABOUT_METHODS
 from advbn_lib.mixing_methods import METHODS as ALL_METHODS
-from advbn_lib.mixing_methods import require_method
+from advbn_lib.mixing_methods import MixingSizes, require_method
+from advbn_lib.mixing_robustness import MIXING_SEED
 from advbn_lib.mixing_trials import Material, MixingRun, once, train_on
+from advbn_lib.modes import evaluating
 from advbn_lib.provenance import state_checksum
 from advbn_lib.style_codes import CodeSchedule, optimise_codes
 from advbn_lib.style_encoding import StyleDecoder, StyleEncoder, encode_images, train_encoder
@@ -31,9 +37,16 @@ from advbn_lib.training import Schedule
 
 METHODS = {
     name: ALL_METHODS[name]
-    for name in ("nominal", "advmix", "randmix", "randmix_looks", "randmix_passes", "reconstruction")
+    for name in (
+        "nominal", "advmix", "randmix", "randmix_looks", "randmix_passes", "reconstruction", "mixup", "linf", "recolour",
+    )
+}  # fmt: skip
+_OF_IMAGES = ("nominal", "mixup", "linf", "recolour")  # no generator is in them
+ABOUT = {
+    name: about if name in _OF_IMAGES else about.replace("colours", "styles").replace("colour", "style")
+    for name, about in ABOUT_METHODS.items()
+    if name in METHODS
 }
-ABOUT = {name: ABOUT_METHODS[name].replace("colours", "styles").replace("colour", "style") for name in METHODS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +138,9 @@ def run_stylegan_mixing_bench(
         "generator": state_checksum(coder.tools.generator.state_dict()),
         "encoder": state_checksum(coder.encoder.state_dict()),
     }
-    return gathered(rows, bench.levels, weights)
+    run = gathered(rows, bench.levels, weights)
+    kept = {name: row["label_kept"] for name, row in rows.items()}
+    return dataclasses.replace(run, metrics={**run.metrics, "label_kept": kept})
 
 
 def _level(
@@ -142,15 +157,55 @@ def _level(
 
     def trial(checkpoint: Path | None, key: str) -> tuple[nn.Module, dict[str, Any]]:
         kept = None if shared is None else shared / f"codes-{code[:8]}-{level_name(level)}-s{seed}"
-        coded = coder.material(train_set, kept and kept / "train", show_progress)
-        trained = train_on(coded, bench, METHODS[method_name], seed, device, checkpoint, key, show_progress)
+        # The oracle draws colours: it needs to know them.
+        exact = method_name == "recolour"
+        shown = train_set if exact else coder.material(train_set, kept and kept / "train", show_progress)
+        trained = train_on(shown, bench, METHODS[method_name], seed, device, checkpoint, key, show_progress)
         halves = _halves(
             coder.material(test.first(bench.tested), kept and kept / "test", show_progress), bench.attacked, device
         )
         row = tested(bench, trained, test.images.to(device), *halves, show_progress)
+        row["label_kept"] = label_kept(bench, trained.method, coder.tools.judge, *halves)
         return trained.method.model, {**row, "data": data}
 
     return once(folder, identity | {"networks": networks}, trial)
+
+
+def label_kept(
+    sizes: MixingSizes, method: Method, judge: nn.Module, attacked: Material, others: Material
+) -> dict[str, float]:
+    """Share of mixed images in which the judge, who did not take part, still reads the label: a mixture must not change it.
+
+    Args:
+        attacked, others: as for the robust accuracy; on the models' device.
+
+    Returns:
+        ``real`` images; decoded with the ``own`` style, with a ``swapped`` one, with the ``worst`` one for the method's model as
+        AdvMix's training searches it, and with the worst one ``for_judge``: part of the last may be the judge's own weakness.
+    """
+    images = attacked.images
+    mixer = Mixer(attacked.decoder, others.bank(images.labels.device), images.mean, images.std)
+    batch, ball, climb = attacked.batch(), mixer.bank.around(sizes.eps), climb_of(sizes.steps)
+    draws = torch.Generator(images.labels.device).manual_seed(MIXING_SEED)
+
+    def worst(predict: Callable[[Tensor], Tensor]) -> Tensor:
+        return worst_style(predict, mixer, batch, images.labels, ball, climb, sizes.restarts, draws)
+
+    with evaluating(method), evaluating(judge):
+        styles = {
+            "own": batch.style,
+            "swapped": mixer.others(batch, draws),
+            "worst": worst(method.predict),
+            "for_judge": worst(judge),
+        }
+        with torch.no_grad():
+            shown = {
+                "real": batch.images,
+                **{name: mixer.images(batch.content, style) for name, style in styles.items()},
+            }
+            return {
+                name: (judge(each).argmax(1) == images.labels).double().mean().item() for name, each in shown.items()
+            }
 
 
 def _halves(tested: Material, attacked: int, device: torch.device) -> tuple[Material, Material]:

@@ -9,7 +9,10 @@ import torch
 
 from advbn_lib import encoding_bench, generator_bench, generators, records, stylegan_mixing_bench
 from advbn_lib.checkpoints import CheckpointError
+from advbn_lib.data.images import ImageSet
 from advbn_lib.generator_bench import colour_from_class, judged, mixed_pictures, unbiased_digits
+from advbn_lib.methods.baselines import PlainTraining
+from advbn_lib.mixing_trials import Material
 from advbn_lib.models.digit_cnn import DigitCNN
 from advbn_lib.models.stylegan import Generator, GeneratorConfig, about_generator
 from advbn_lib.provenance import state_checksum
@@ -186,7 +189,7 @@ def test_the_encoders_bench_measures_every_cut(trained, tmp_path):
     load_encoder(folder / "encoder.safetensors", generator)
 
 
-@pytest.mark.parametrize("method", ["nominal", "advmix"])
+@pytest.mark.parametrize("method", ["advmix", "recolour"])
 def test_mixing_with_a_generator_resumes_level_by_level(trained, method, tmp_path):
     shared = trained[1]
     bench = stylegan_mixing_bench.BENCHES["smoke_generator"]
@@ -194,6 +197,7 @@ def test_mixing_with_a_generator_resumes_level_by_level(trained, method, tmp_pat
         bench, method, 0, CPU, "code", tmp_path, shared, show_progress=False
     )
     assert set(run.metrics["mixing"]["accuracy"]) == {"0.02", "unbiased", "mean_biased"}
+    assert set(run.metrics["label_kept"]) == {"0.02", "unbiased"}
     again = stylegan_mixing_bench.run_stylegan_mixing_bench(
         bench, method, 0, CPU, "code", tmp_path, shared, show_progress=False
     )
@@ -203,7 +207,41 @@ def test_mixing_with_a_generator_resumes_level_by_level(trained, method, tmp_pat
 def test_only_its_own_methods_are_known():
     bench = stylegan_mixing_bench.BENCHES["smoke_generator"]
     with pytest.raises(ValueError, match="nominal"):
-        stylegan_mixing_bench.run_stylegan_mixing_bench(bench, "recolour", 0, CPU, "code")
+        stylegan_mixing_bench.run_stylegan_mixing_bench(bench, "grey", 0, CPU, "code")
+
+
+@pytest.mark.parametrize("from_style", [False, True])
+def test_a_mixture_that_shows_another_label_is_noticed(from_style):
+    """Pictures of which one pixel in the first row says the label; the label is in the content, or, wrongly, in the style."""
+
+    class Decoder:
+        def decode(self, content, style):
+            code = style + 0 * content if from_style else content + 0 * style
+            return code[:, None, None, :].expand(-1, 3, 8, 8)
+
+    class Judge(torch.nn.Module):
+        def forward(self, x):
+            return x[:, 0, 0]
+
+    labels = torch.arange(40) % 8
+    codes = torch.eye(8)[labels]
+    images = ImageSet(
+        "codes",
+        (codes[:, None, None, :] * 255).byte().expand(-1, 3, 8, 8),
+        labels,
+        tuple("01234567"),
+        (0.0,) * 3,
+        (1.0,) * 3,
+    )
+    attacked, others = (
+        Material(images.first(20, start), codes[start : start + 20], codes[start : start + 20], Decoder())
+        for start in (0, 20)
+    )
+    sizes = stylegan_mixing_bench.BENCHES["smoke_generator"]
+    kept = stylegan_mixing_bench.label_kept(sizes, PlainTraining(Judge()), Judge(), attacked, others)
+    assert kept["real"] == kept["own"] == 1
+    swapped = {kept[name] for name in ("swapped", "worst", "for_judge")}
+    assert max(swapped) < 0.5 if from_style else swapped == {1.0}
 
 
 def test_the_network_of_digits_refuses_other_sizes_and_can_be_cut():
