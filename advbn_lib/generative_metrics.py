@@ -212,6 +212,10 @@ def _check(real: Tensor, made: Tensor) -> None:
         )
     if min(len(real), len(made)) < 2:
         raise ValueError(f"at least 2 pictures of each kind are needed, got {len(real)} and {len(made)}")
+    if not (real.isfinite().all() and made.isfinite().all()):
+        raise ValueError(
+            "some features are NaN or infinite: look at the pictures, and at the network that they are the features of"
+        )
 
 
 class _AsTheyAre(nn.Module):

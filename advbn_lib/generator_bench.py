@@ -150,15 +150,15 @@ def mixed_pictures(generator: Generator, count: int, seed: int, batch_size: int 
 
 
 @torch.no_grad()
-def judged(network: nn.Module, images: ImageSet, pictures: Iterable[Tensor]) -> dict[str, float]:
+def judged(network: nn.Module, images: ImageSet, pictures: Iterable[Tensor]) -> dict[str, Any]:
     """What a classifier makes of pictures in [0,1].
 
     Args:
         images: says how the network's input is normalised.
 
     Returns:
-        ``sure``: share of pictures to which it gives a class with a probability above :data:`SURE`; ``rarest_class``: the share of
-        the class that it gives least often; ``colour_from_class``: see there, with the class that it gives.
+        ``sure``: share of pictures to which it gives a class with a probability above :data:`SURE`; ``given``: the share of each
+        class, by name; ``rarest_class``: the smallest of them; ``colour_from_class``: see there, with the class that it gives.
     """
     device = next(network.parameters()).device
     sure, given, colours = [], [], []
@@ -170,10 +170,11 @@ def judged(network: nn.Module, images: ImageSet, pictures: Iterable[Tensor]) -> 
             given.append(label)
             colours.append(ink_colour(part))
     given = torch.cat(given)
-    counts = torch.bincount(given, minlength=len(images.classes))
+    shares = (torch.bincount(given, minlength=len(images.classes)).double() / len(given)).tolist()
     return {
         "sure": torch.cat(sure).float().mean().item(),
-        "rarest_class": counts.min().item() / len(given),
+        "given": dict(zip(images.classes, shares)),
+        "rarest_class": min(shares),
         "colour_from_class": colour_from_class(torch.cat(colours), given),
     }
 

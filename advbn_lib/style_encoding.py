@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advbn_lib.checkpoints import load_checkpoint, save_checkpoint
+from advbn_lib.data.classes import require_all_classes
 from advbn_lib.data.images import DataError, ImageSet
 from advbn_lib.progress import progress
 from advbn_lib.provenance import code_hash, state_checksum
@@ -82,7 +83,7 @@ def mix(content: Tensor, style: Tensor, cut: int | Tensor) -> Tensor:
     """Codes with the first ``cut`` styles of ``content`` and the others of ``style``; a tensor (N,) has a cut for each image.
 
     Raises:
-        ValueError: the codes differ in shape, or a number is not from 1 to layers - 1.
+        ValueError: the codes differ in shape, or a cut is not from 1 to layers - 1; in a tensor it may be ``layers``: all content.
     """
     if content.shape != style.shape or content.dim() != 3:
         raise ValueError(
@@ -90,6 +91,8 @@ def mix(content: Tensor, style: Tensor, cut: int | Tensor) -> Tensor:
         )
     if isinstance(cut, int):
         check_cut(cut, content.shape[1])
+    elif not 1 <= int(cut.min()) <= int(cut.max()) <= content.shape[1]:
+        raise ValueError(f"cuts are from 1 to {content.shape[1]}, which is all content; got {cut.tolist()}")
     places = torch.arange(content.shape[1], device=content.device)
     coarse = places < torch.as_tensor(cut, device=content.device).reshape(-1, 1)
     return torch.where(coarse[:, :, None], content, style)
@@ -412,18 +415,18 @@ def train_encoder(
 
     Args:
         generator: trained; it is not changed.
-        images: real ones, of the generator's size; labels are not used.
+        images: real ones, of the generator's size, at least one of each class. Labels are not used for more than that.
         distance: on the generator's device.
         seed: of the encoder's first weights and of all draws.
         folder: where a checkpoint is kept, about every ``save_every`` seconds. A training that was killed is resumed (on a CPU it
             ends bit for bit as if it had not been), and a finished one is not repeated. None: nothing is kept.
 
     Raises:
-        DataError: the images do not fit the generator, see :func:`check_images`.
+        DataError: the images do not fit the generator, see :func:`check_images`, or a class has none.
         FloatingPointError: a loss is not finite; the message says when.
         CheckpointError: the checkpoint is damaged.
     """
-    check_images(generator, images)
+    check_images(generator, require_all_classes(images))
     frozen = copy.deepcopy(generator).eval().requires_grad_(False)
     device = frozen.mean_w.device
     with torch.random.fork_rng([]):  # first weights are drawn on the CPU; all else has its own generators

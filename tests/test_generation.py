@@ -143,6 +143,7 @@ def test_the_judge_is_asked_what_it_says_it_is():
     pictures[:10] = 1.0
     found = judged(Told(), digits.images, pictures.split(15))
     assert found["sure"] == 1 and found["rarest_class"] == 0
+    assert found["given"] == {"0": 0.75, "1": 0.25} | dict.fromkeys("23456789", 0.0)
     assert found["colour_from_class"] == pytest.approx(1)
 
 

@@ -138,6 +138,11 @@ def test_sets_that_cannot_be_compared_are_refused():
         kid(cloud(1), cloud(30))
     with pytest.raises(ValueError, match="neighbours is from 1"):
         precision_recall(cloud(3), cloud(30))
+    broken = cloud(30)
+    broken[3, 1] = float("nan")
+    for measure in (fid, kid, precision_recall):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            measure(cloud(30), broken)
 
 
 # ---- of pictures ---------------------------------------------------------------------------

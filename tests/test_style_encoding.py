@@ -128,6 +128,13 @@ def test_mixing_takes_the_coarse_styles_of_one_and_the_fine_ones_of_the_other():
     assert each[:, :, 1].tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("cuts", [[0, 1], [5, 1]])
+def test_cuts_of_a_batch_that_are_out_of_range_are_refused(cuts):
+    codes = torch.zeros(2, 4, 3)
+    with pytest.raises(ValueError, match="cuts are from 1 to 4"):
+        mix(codes, codes, torch.tensor(cuts))
+
+
 @pytest.mark.parametrize("cut", [0, 4, -1])
 def test_a_cut_that_leaves_nothing_on_one_side_is_refused(cut):
     codes = torch.zeros(2, 4, 3)

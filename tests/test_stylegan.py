@@ -65,6 +65,12 @@ def test_other_sizes_that_make_no_generator_are_refused(wrong):
         replace(TINY, **wrong)
 
 
+@pytest.mark.parametrize("wrong", [{"resolution": 32.0}, {"latent": "64"}, {"width": True}])
+def test_sizes_are_whole_numbers(wrong):
+    with pytest.raises(ValueError, match="whole numbers"):
+        replace(TINY, **wrong)
+
+
 def test_a_style_is_the_mean_and_standard_deviation_of_each_channel():
     generator = tiny_generator()
     seen = []
@@ -121,6 +127,8 @@ def test_styles_and_noise_of_another_shape_are_refused():
         generator.synthesis(torch.randn(2, 5, 6))
     with pytest.raises(ValueError, match=r"\(N,6\), got \(2, 7\)"):
         generator.wplus(torch.randn(2, 7))
+    with pytest.raises(ValueError, match=r"z must be \(N,6\).*\(2, 7\)"):
+        generator(torch.randn(2, 7))
     with pytest.raises(ValueError, match="6 tensors"):
         generator.synthesis(torch.randn(2, 6, 6), [torch.zeros(2, 1, 4, 4)])
     with pytest.raises(ValueError, match="'random'"):

@@ -58,6 +58,8 @@ class GeneratorConfig:
     mapping_layers: int = 4
 
     def __post_init__(self):
+        if not all(type(value) is int for value in asdict(self).values()):
+            raise ValueError(f"all sizes of a generator are whole numbers, got {self}")
         if self.resolution < 8 or self.resolution & (self.resolution - 1):
             raise ValueError(
                 f"resolution must be a power of two from 8 on (8, 16, 32, 64, ...), got {self.resolution}: pad or resize the images"
@@ -129,9 +131,12 @@ class Mapping(nn.Module):
 
     def __init__(self, latent: int, layers: int):
         super().__init__()
+        self.latent = latent
         self.layers = nn.ModuleList(EqualLinear(latent, latent, rate=0.01) for _ in range(layers))
 
     def forward(self, z: Tensor) -> Tensor:
+        if z.dim() != 2 or z.shape[1] != self.latent:
+            raise ValueError(f"z must be (N,{self.latent}) for this generator, got {tuple(z.shape)}")
         w = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()  # pixel norm: all z of one length
         for layer in self.layers:
             w = leaky(layer(w))
