@@ -201,11 +201,11 @@ BENCHES: dict[str, GeneratorBench] = {
         judge_width=4, judge_schedule=Schedule(epochs=2, batch_size=64, lr=0.05), pictures=100,
     ),
     "cpu_generator": GeneratorBench(
-        "mnist", GeneratorConfig(32), GANSchedule(steps=15_000, batch_size=32),
+        "mnist", GeneratorConfig(32), GANSchedule(steps=15_000, batch_size=32, mixing=0.3),
         judge_width=16, judge_schedule=Schedule(epochs=3, batch_size=128, lr=0.05, milestones=(2,), warmup=0.5), pictures=5_000,
     ),
     "gpu_generator": GeneratorBench(
-        "mnist", GeneratorConfig(32, width=32), GANSchedule(steps=60_000, batch_size=64),
+        "mnist", GeneratorConfig(32, width=32), GANSchedule(steps=60_000, batch_size=64, mixing=0.3),
         judge_width=16, judge_schedule=Schedule(epochs=3, batch_size=128, lr=0.05, milestones=(2,), warmup=0.5), pictures=10_000,
     ),
 }  # fmt: skip
