@@ -60,7 +60,12 @@ def test_what_does_not_hold_is_listed_first_then_what_is_undecided(ledger):
     places = [page.index(f"Says {name}.") for name in ("failing", "alone", "undecided")]
     assert places == sorted(places) and "3 of 4 verdicts. Does not hold: 2. Undecided: 1." in page
     assert "Says holding." not in page and "Says waiting." not in page
-    assert "effect [95 % interval]" in page
+    table, behind = " ".join(page.split()).split("What is behind these verdicts", 1)
+    assert "claim verdict effect [95 % interval] holds if above" in table
+    minus = "\N{MINUS SIGN}"
+    assert (
+        f"Compared: clean_finetuning, contrast-3 images, clean BN {minus} advbn, contrast-3 images, clean BN" in behind
+    )
     assert "\N{MINUS SIGN}6.4 points [" in page and "], n = 3, cpu scale" in page
     assert "71.6 % [" in page and "90.0 %" in page, "a claim of one side, and its limit"
     html = (ledger / "_build" / "html" / "index.html").read_text()
@@ -70,6 +75,9 @@ def test_what_does_not_hold_is_listed_first_then_what_is_undecided(ledger):
 def test_papers_can_be_chosen(ledger):
     page, _, warnings = make(ledger, DIRECTIVE % ":papers: A-FAN\n")
     assert warnings == "" and "Says undecided." in page and "Says failing." not in page
+    assert "A-FAN: Says" not in page, "the paper's name is in the heading above"
+    page, _, _ = make(ledger, DIRECTIVE % ":papers: AdvBN, A-FAN\n")
+    assert "A-FAN: Says undecided." in page and "AdvBN: Says" not in page
 
 
 def test_what_was_not_run_is_listed_with_its_scales(ledger):

@@ -57,7 +57,7 @@ class Ledger(SphinxDirective):
 class ClaimsLedger(Ledger):
     """``{claims-ledger} PRESET``: the claims in ``book/claims.yml`` that are decided at that preset.
 
-    A narrow table with the verdicts, and below it a box that opens, with what does not fit: a definition for each claim.
+    A narrow table with the verdicts, and below it a box that opens, with what is behind them.
     """
 
     required_arguments = 1
@@ -72,23 +72,14 @@ class ClaimsLedger(Ledger):
             for finding in findings
         ]
         table = table_of(["claim", "verdict", EFFECT, "holds if above", "cost"], rows)
-        behind = nodes.definition_list("", *[self.behind(finding.claim) for finding in findings])
-        return [table, *cost_note(machines), folded(BEHIND, behind)]
-
-    def behind(self, claim: claims.Claim) -> nodes.definition_list_item:
-        told = [("Compared", compared(claim)), *claims.details(claim)]
-        texts = [nodes.paragraph("", "", nodes.strong("", f"{title}: "), nodes.Text(text)) for title, text in told]
-        name = nodes.literal("", claim.id)
-        return nodes.definition_list_item(
-            "", nodes.term("", claim.says, nodes.Text(" "), name), nodes.definition("", *texts)
-        )
+        return [table, *cost_note(machines), behind(findings)]
 
 
 class ClaimsNotHolding(Ledger):
     """``{claims-not-holding}``: a table of the claims that were tested and do not hold, or are undecided, at any scale.
 
     What does not hold comes first. Each effect, with interval, seeds and scale, leads to its records. What lacks seeds is counted,
-    but it has no verdict. With ``:not-run:`` a table of the claims that have no verdict yet, and where they are to get one.
+    but it has no verdict. A box below has what is behind them. With ``:not-run:`` a table of the claims that have no verdict yet, and where they are to get one.
     """
 
     option_spec = {**Ledger.option_spec, "not-run": directives.flag}
@@ -108,8 +99,8 @@ class ClaimsNotHolding(Ledger):
         failing = sum(finding.verdict == FAILS for finding in found)
         tally = f"Does not hold: {failing}. Undecided: {len(found) - failing}."
         words = f"{len(found)} of {len(tested)} verdicts. {tally}"
-        head = ["claim", "verdict", EFFECT, "compared", "holds if above"]
-        return [nodes.paragraph("", words + more), table_of(head, [self.row(finding) for finding in found])]
+        table = table_of(["claim", "verdict", EFFECT, "holds if above"], [self.row(finding) for finding in found])
+        return [nodes.paragraph("", words + more), table, behind(found)]
 
     def row(self, finding: claims.Finding) -> list:
         claim = finding.claim
@@ -118,9 +109,10 @@ class ClaimsNotHolding(Ledger):
             "", nodes.inline("", f"{effect(finding)}, {finding.preset} scale"), refdomain="std", reftype="ref", refexplicit=True, refwarn=True,
             reftarget=target, refdoc=self.env.docname,
         )  # fmt: skip
-        of_one_paper = "," not in self.options.get("papers", ",")
-        says = claim.says if of_one_paper else f"{claim.paper}: {claim.says}"
-        return [says, finding.in_words, link, compared(claim), limit(claim)]
+        # the first paper's name is in the heading above
+        under_its_name = self.options.get("papers", "").split(",")[0].strip() == claim.paper
+        says = claim.says if under_its_name else f"{claim.paper}: {claim.says}"
+        return [says, finding.in_words, link, limit(claim)]
 
     def not_run(self, findings: list[claims.Finding]) -> list[nodes.Node]:
         waiting: dict[str, list[str]] = {}
@@ -132,6 +124,19 @@ class ClaimsNotHolding(Ledger):
         if not waiting:
             return [nodes.paragraph("", "Every claim has a verdict at every scale that it is decided at.")]
         return [table_of(["claim", "no verdict at"], [[words, ", ".join(at)] for words, at in waiting.items()])]
+
+
+def behind(findings: list[claims.Finding]) -> nodes.admonition:
+    """A box that opens, with what does not fit into a table: a definition for each claim."""
+    listed = {finding.claim.id: finding.claim for finding in findings}
+    return folded(BEHIND, nodes.definition_list("", *map(details_of, listed.values())))
+
+
+def details_of(claim: claims.Claim) -> nodes.definition_list_item:
+    told = [("Compared", compared(claim)), *claims.details(claim)]
+    texts = [nodes.paragraph("", "", nodes.strong("", f"{title}: "), nodes.Text(text)) for title, text in told]
+    term = nodes.term("", claim.says, nodes.Text(" "), nodes.literal("", claim.id))
+    return nodes.definition_list_item("", term, nodes.definition("", *texts))
 
 
 def cost_note(machines: set[str]) -> list[nodes.Node]:
@@ -159,7 +164,7 @@ def limit(claim: claims.Claim) -> str:
     """What the interval must lie above."""
     metric, paired = claim.first.metric, claim.second is not None
     unit = (" points" if paired else " %") if wording.is_accuracy(metric) else ""
-    return f"{wording.number(claim.above, metric, signed=paired)}{unit}"
+    return f"{wording.number(claim.above, metric, signed=paired) if claim.above else 0}{unit}"
 
 
 def compared(claim: claims.Claim) -> str:
