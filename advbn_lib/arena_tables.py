@@ -77,8 +77,15 @@ class Arena:
         return replace(self, preset=preset, name=name, cost_of=cost_of)
 
     def without(self, label: str) -> Arena:
-        """The same comparison without one of the main measures."""
-        return replace(self, columns=tuple(column for column in self.columns if column.label != label))
+        """The same comparison without one of the main measures.
+
+        Raises:
+            ValueError: there is no such measure.
+        """
+        columns = tuple(column for column in self.columns if column.label != label)
+        if columns == self.columns:
+            raise ValueError(f"measures are {', '.join(column.label for column in columns)}; got {label!r}")
+        return replace(self, columns=columns)
 
     def runs(self, folder: Path | None = None) -> dict[Arm, list[Record]]:
         """Records by arm, for arms that have any; an arm lacks the seeds that what it goes on from lacks."""

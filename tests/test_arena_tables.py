@@ -174,6 +174,15 @@ def test_arms_are_runs_that_can_be_made():
         assert len({arm.label for arm in arena.arms}) == len(arena.arms)
 
 
+def test_a_measure_can_be_left_out_by_its_name():
+    left = DIGITS.without("APGD 16")
+    assert [column for column in DIGITS.columns if column not in left.columns] == [
+        column for column in DIGITS.columns if column.label == "APGD 16"
+    ]
+    with pytest.raises(ValueError, match="measures are clean, .*got 'APGD 8'"):
+        DIGITS.without("APGD 8")
+
+
 def test_links_lead_to_the_page_of_records():
     from docutils.nodes import make_id
 

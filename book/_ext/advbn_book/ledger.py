@@ -79,7 +79,8 @@ class ClaimsNotHolding(Ledger):
     """``{claims-not-holding}``: a table of the claims that were tested and do not hold, or are undecided, at any scale.
 
     What does not hold comes first. Each effect, with interval, seeds and scale, leads to its records. What lacks seeds is counted,
-    but it has no verdict. A box below has what is behind them. With ``:not-run:`` a table of the claims that have no verdict yet, and where they are to get one.
+    but it has no verdict. A box below has what is behind them. With ``:not-run:`` a table of the claims that have no verdict yet, and
+    where they are to get one.
     """
 
     option_spec = {**Ledger.option_spec, "not-run": directives.flag}
