@@ -233,6 +233,21 @@ def test_other_metrics_have_three_digits(value, text):
     assert wording.number(value, "ratio") == text
 
 
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.0312, "+3.1"),
+        (-0.0005, f"{wording.MINUS}0.1"),
+        (-0.00029, f"{wording.MINUS}0.03"),  # a limit just below zero: "-0.0" would hide why a claim is undecided
+        (0.0001, "+0.01"),
+        (-1e-6, "0.0"),
+        (0.0, "0.0"),
+    ],
+)
+def test_differences_next_to_zero_keep_their_side(share, text):
+    assert wording.number(share, METRIC, signed=True) == text
+
+
 def test_a_number_that_is_none_is_refused():
     with pytest.raises(ValueError, match="ratio"):
         wording.number(float("nan"), "ratio")
@@ -348,6 +363,8 @@ def read_values(folder: Path, experiment: str, preset: str, metric: str):
 
 def shown_number(value: float, metric: str, signed: bool) -> str:
     if metric.startswith(("accuracy/", "mean/")):
+        if signed and abs(value) < 0.0005:
+            return f"{100 * value:+.2f}".replace("-", wording.MINUS) if abs(value) >= 0.00005 else "0.0"
         return f"{100 * value:{'+' if signed else ''}.1f}".replace("-", wording.MINUS)
     return wording.number(value, metric, signed)
 

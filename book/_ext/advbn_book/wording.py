@@ -17,16 +17,25 @@ def number(value: float, metric: str, signed: bool = False) -> str:
 
     >>> number(0.9173, "accuracy/clean/clean")
     '91.7'
+    >>> number(0.0003, "accuracy/clean/clean", signed=True)
+    '+0.03'
     >>> number(1234.5, "images_per_second")
     '1,230'
     """
     if not math.isfinite(value):
         raise ValueError(f"{metric} is {value}, which is no number to show")
     if is_accuracy(metric):
-        text = f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
+        text = points(100 * value) if signed else f"{100 * value:.1f}"
     else:
         text = three_digits(value, signed)
     return text.replace("-", MINUS)
+
+
+def points(value: float) -> str:
+    """A difference with its sign. Next to zero it has one digit more: on which side a limit lies decides a verdict."""
+    if abs(value) < 0.005:
+        return "0.0"
+    return f"{value:+.2f}" if abs(value) < 0.05 else f"{value:+.1f}"
 
 
 def three_digits(value: float, signed: bool) -> str:
