@@ -1,44 +1,41 @@
 """What a training step of each method of the arenas costs, and how many epochs a budget of time is worth.
 
 The arenas that give each method the same *time* rest on it: their epochs are in presets, and a test holds them against the records
-that come from here. A step is all that a step of training takes: the batch, the losses, their gradients, the optimiser's step.
-:mod:`advbn_lib.step_cost` leaves the first and the last of these out, and for a cheap step they are no small part.
+that come from here.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import count
 from typing import Any
 
 import torch
 
 from advbn_lib import digits_arena
 from advbn_lib.data.loader import DeviceLoader
+from advbn_lib.digits_presets import DIGITS_PRESETS
 from advbn_lib.experiments import EXPERIMENTS, find
 from advbn_lib.fused_bn import unfuse_batch_norms
 from advbn_lib.measuring import Job, Outcome
-from advbn_lib.methods.base import Method
 from advbn_lib.models.digit_cnn import DigitCNN
 from advbn_lib.presets import PRESETS
 from advbn_lib.provenance import state_checksum
 from advbn_lib.running import UNFLIPPED, new_network, prepare, training_images
-from advbn_lib.training import Loader, Schedule, computing_in
+from advbn_lib.step_timing import ROUNDS, Step, gpu_clock, in_turns, training_step
 
-ROUNDS = 15
-WARM_UP = 2  # rounds that are not counted
 AT = ("smoke_arena", "cpu_arena", "smoke_digits_arena", "cpu_digits_arena")  # presets
-CODE = ("advbn_lib.arena_cost",)  # which leads to the methods and all that they are built with
 TRAINED = tuple(name for name, _ in PRESETS["cpu_arena_compute"].epochs)  # what trains on in the CIFAR-10 arena
+# What a cost depends on. Not the presets, or their epochs could not be settled afterwards; what counts of them is in the record.
+CODE = (
+    "advbn_lib.step_timing", "advbn_lib.digits_arena", "advbn_lib.data.loader", "advbn_lib.models.cifar_resnet",
+    *dict.fromkeys(EXPERIMENTS[name].method.trains.__module__ for name in TRAINED),
+)  # fmt: skip
 END_POINTS = "end_points"  # the first part of AFA's training on digits; others begin with "natural"
-# Of a method's time in its budget: half an epoch is lost to whole numbers of them, and between seeds the costs of a step differ by
-# some per cent on the same machine. 15 % is well above that, and well below what would decide a comparison.
+# Of the time that a method spends to that of its budget. Half an epoch is lost to whole numbers of them, and between seeds the costs of
+# a step differ by some per cent on the same machine. 15 % is well above that, and well below what would decide a comparison.
 TOLERANCE = 0.15
-
-Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -58,37 +55,38 @@ class Budget:
     @property
     def planned(self) -> dict[str, int]:
         """Epochs of each method, as its preset says."""
-        arena = digits_arena.ARENAS.get(self.preset) or PRESETS[self.preset]
+        arena = DIGITS_PRESETS.get(self.preset) or PRESETS[self.preset]
         return dict(arena.epochs)
 
-    def worth(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """How many epochs of each method the time is worth, not rounded.
+    def spent(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """The time of each method's planned training, part by part, in that of the budget: 1 is a perfect match.
 
-        AFA's two stages on CIFAR-10 have as many epochs each, and share the time.
+        AFA's two stages on CIFAR-10 share the time, and what they spend together is that of each.
 
         Args:
             seconds: of a step, by name, as :func:`measure` gives them.
         """
-        time_of = {name: self._seconds(name, seconds) for name in self.planned}
-        return {name: self.epochs * time_of[self.unit] / taken for name, taken in time_of.items()}
+        time = self.epochs * seconds[self.unit]
+        return {name: sum(n * seconds[part] for part, n in self._parts(name)) / time for name in self.planned}
 
-    def _seconds(self, name: str, seconds: Mapping[str, float]) -> float:
-        """Of a step, mean over the parts of a training; of AFA's stages on CIFAR-10 the sum."""
-        arena = digits_arena.ARENAS.get(self.preset)
-        if arena is None:
-            stages = [{stage, EXPERIMENTS[stage].after} for stage in self.planned if EXPERIMENTS[stage].after]
-            return sum(seconds[stage] for stage in next((both for both in stages if name in both), {name}))
-        return arena.first_share * seconds[parts_of(name)[0]] + (1 - arena.first_share) * seconds[name]
+    def fits(self, seconds: Mapping[str, float]) -> dict[str, bool]:
+        """Whether each method's training takes as long as the budget: to half an epoch, and within ``TOLERANCE``."""
+        spent = self.spent(seconds)
+        epoch = {name: spent[name] / epochs for name, epochs in self.planned.items()}
+        return {name: abs(taken - 1) <= TOLERANCE + epoch[name] / 2 for name, taken in spent.items()}
+
+    def _parts(self, name: str) -> tuple[tuple[str, int], ...]:
+        """What a step of each part of a training is measured as, and the epochs of the part."""
+        if arena := DIGITS_PRESETS.get(self.preset):
+            epochs = (part.epochs for part in arena.schedules(name))
+            return tuple(zip(parts_of(name), epochs, strict=True))
+        stages = ({stage, EXPERIMENTS[stage].after} for stage in self.planned if EXPERIMENTS[stage].after)
+        return tuple((stage, self.planned[stage]) for stage in next((both for both in stages if name in both), {name}))
 
 
 CIFAR_BUDGET = Budget("cpu_arena_compute", "cpu_arena", "pgd_finetuning", 6)
-DIGITS_BUDGET = Budget("cpu_digits_arena_compute", "cpu_digits_arena", "pgd", 8)
+DIGITS_BUDGET = Budget("cpu_digits_arena_compute", "cpu_digits_arena", "pgd", 16)
 BUDGETS = {budget.preset: budget for budget in (CIFAR_BUDGET, DIGITS_BUDGET)}
-
-
-def fits(planned: int, worth: float) -> bool:
-    """Whether a whole number of epochs, at least 1, is what the time is worth: rounded, and within ``TOLERANCE``."""
-    return abs(planned - max(1.0, worth)) <= 0.5 + TOLERANCE * worth
 
 
 def parts_of(method: str) -> tuple[str, ...]:
@@ -102,8 +100,8 @@ def measure(job: Job) -> Outcome:
 
     On a GPU by the clock. On a CPU seconds of computing, summed over threads. Methods take turns, step by step; the median counts.
     """
-    steps, data, weights = (_digit_steps if job.preset in digits_arena.ARENAS else _cifar_steps)(job)
-    clock = _gpu_clock if job.device.type == "cuda" else time.process_time
+    steps, data, weights = (_digit_steps if job.preset in DIGITS_PRESETS else _cifar_steps)(job)
+    clock = gpu_clock if job.device.type == "cuda" else time.process_time
     taken = in_turns(steps, clock, ROUNDS)
     plain = next(name for name in ("natural", "plain_finetuning") if name in taken)
     ratio = {name: seconds / taken[plain] for name, seconds in taken.items()}
@@ -112,23 +110,12 @@ def measure(job: Job) -> Outcome:
 
 def config(preset: str) -> dict[str, Any]:
     """What is chosen at a preset."""
-    if preset in digits_arena.ARENAS:
-        return {"rounds": ROUNDS, "arena": asdict(digits_arena.ARENAS[preset])}
+    if preset in DIGITS_PRESETS:
+        return {"rounds": ROUNDS, "arena": asdict(DIGITS_PRESETS[preset])}
     size = PRESETS[preset]
     methods = {name: asdict(find(name, preset)[0].method) for name in TRAINED}
     sizes = {"data": size.data, "network": size.network, "batch_size": size.fine_tuning.batch_size, "rounds": ROUNDS}
     return {**sizes, "methods": methods}
-
-
-def in_turns(steps: Mapping[str, Step], clock: Callable[[], float], rounds: int) -> dict[str, float]:
-    """Median seconds of each step; they take turns, so that a slow moment of the machine is no method's own."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(WARM_UP + rounds):
-        for name, step in steps.items():
-            start = clock()
-            step()
-            taken[name].append(clock() - start)
-    return {name: statistics.median(values[WARM_UP:]) for name, values in taken.items()}
 
 
 def _cifar_steps(job: Job) -> tuple[dict[str, Step], dict[str, Any], dict[str, Any]]:
@@ -144,13 +131,13 @@ def _cifar_steps(job: Job) -> tuple[dict[str, Step], dict[str, Any], dict[str, A
             find(run.experiment.after, job.preset)[0].method.build(network, images)
             unfuse_batch_norms(network)
         method = run.experiment.method.build(network, images).to(job.device)
-        steps[name] = _step(method, loader, size.fine_tuning, run.precision)
+        steps[name] = training_step(method, loader, size.fine_tuning, run.precision)
     data = {images.name: {"images": len(images), "sha256": images.checksum}}
     return steps, data, {"source": f"new, seed {job.seed}", "sha256": checksum}
 
 
 def _digit_steps(job: Job) -> tuple[dict[str, Step], dict[str, Any], dict[str, Any]]:
-    arena, steps = digits_arena.ARENAS[job.preset], {}
+    arena, steps = DIGITS_PRESETS[job.preset], {}
     train_set = arena.digits("train", arena.levels[0], job.seed)
     names = dict.fromkeys(part for method in digits_arena.METHODS for part in parts_of(method))
     for name in names:
@@ -164,35 +151,9 @@ def _digit_steps(job: Job) -> tuple[dict[str, Step], dict[str, Any], dict[str, A
         *before, build = digits_arena.METHODS[method][:until]
         for earlier in before:  # each part goes on from the network that the one before it has made
             earlier(given)
-        steps[name] = _step(build(given).to(job.device), loader, arena.schedules(method)[until - 1], torch.float32)
+        steps[name] = training_step(
+            build(given).to(job.device), loader, arena.schedules(method)[until - 1], torch.float32
+        )
     images = train_set.images
     data = {images.name: {"images": len(images), "sha256": images.checksum}}
     return steps, data, {"source": f"new, seed {job.seed}", "sha256": checksum}
-
-
-def _step(method: Method, loader: Loader, schedule: Schedule, precision: torch.dtype) -> Step:
-    batches = _endless(loader)
-    optimizer = torch.optim.SGD(
-        method.trainable_parameters(), lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
-    )
-    method.train()
-
-    def step() -> None:
-        images, labels = next(batches)
-        with computing_in(precision, loader.device):
-            losses = method(images, labels)
-        losses.total.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def _endless(loader: Loader) -> Iterator[Any]:
-    for epoch in count():
-        yield from loader.epoch(epoch)
-
-
-def _gpu_clock() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()

@@ -98,11 +98,11 @@ class Arena:
         return found
 
     def commands(self, folder: Path | None = None) -> list[str]:
-        """How to make the records that are missing, for seeds 0 to 2."""
+        """How to make the records that are missing, for seeds 0 to 2; on one thread, as those of the book."""
         names = dict.fromkeys(name for arm in self.arms for name in (*arm.before, arm.experiment))
         lacking = {name: {0, 1, 2} - {run.seed for run in self._load(name, folder)} for name in names}
         return [
-            f"python -m advbn_lib run {name} --preset {self.preset} --seed {' '.join(map(str, sorted(seeds)))}"
+            f"python -m advbn_lib run {name} --preset {self.preset} --seed {' '.join(map(str, sorted(seeds)))} --threads 1"
             for name, seeds in lacking.items()
             if seeds
         ]
@@ -263,6 +263,8 @@ DIGITS = Arena(
         Arm("AugMix", "digits_augmix"),
         Arm("random statistics", "digits_random_statistics"),
         Arm("random, adv. BN", "digits_random_statistics", "adversarial"),
+        Arm("MixStyle", "digits_mixed_statistics"),
+        Arm("MixStyle, adv. BN", "digits_mixed_statistics", "adversarial"),
         Arm("AdvBN", "digits_advbn"),
         Arm("AdvBN, adv. BN", "digits_advbn", "adversarial"),
         Arm("AdvBN + AugMix", "digits_advbn_augmix"),
@@ -297,6 +299,8 @@ CIFAR = Arena(
         Arm("random, adv. BN", "random_statistics", "adversarial"),
         Arm("random per image", "random_per_image"),
         Arm("per image, adv. BN", "random_per_image", "adversarial"),
+        Arm("MixStyle", "mixed_statistics"),
+        Arm("MixStyle, adv. BN", "mixed_statistics", "adversarial"),
         Arm("AdvBN", "advbn"),
         Arm("AdvBN, adv. BN", "advbn", "adversarial"),
         Arm("AdvBN + AugMix", "advbn_augmix"),

@@ -19,6 +19,7 @@ from advbn_lib.methods.augmix import AugMix, AugMixAdvBN, Mixing
 from advbn_lib.methods.base import Method
 from advbn_lib.methods.baselines import CleanFineTuning, PlainTraining, RandomStatistics, UnchangedStatistics
 from advbn_lib.methods.feature_controls import ExtraForwards, FeatureNoise, UnchangedFeatures
+from advbn_lib.methods.mixed_statistics import MixedStatistics
 from advbn_lib.methods.pgd_training import TRADES, PGDTraining
 from advbn_lib.models.networks import layer_of_stage
 from advbn_lib.tasks.classification import Classification
@@ -71,6 +72,19 @@ class Random:
 
     def build(self, model: nn.Module, images: ImageSet) -> Method:
         return RandomStatistics(model, **dataclasses.asdict(self))
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Statistics moved towards those of another image, without ascent; MixStyle's released value."""
+
+    trains: ClassVar[type[Method]] = MixedStatistics
+
+    layer: str = "layer1"
+    alpha: float = 0.1
+
+    def build(self, model: nn.Module, images: ImageSet) -> Method:
+        return MixedStatistics(model, **dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)

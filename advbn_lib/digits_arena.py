@@ -1,11 +1,11 @@
 """All methods side by side on Color-MNIST, small enough for a CPU: one network, one budget, one evaluation.
 
 One run trains one method at each level of bias, as :mod:`advbn_lib.mixing_bench` does; the colours, and how the levels are known, are
-in :mod:`advbn_lib.data.colour_mnist`. The rules of the comparison are ours:
+in :mod:`advbn_lib.data.colour_mnist`; the sizes in :mod:`advbn_lib.digits_presets`. The rules of the comparison are ours:
 
 - **One budget.** Every method sees each training image as often, in the same order. A method that trains the whole network has all
   epochs for it. One that goes on from a trained network gets the plain network of the same seed after a part of the epochs, and
-  then the others: AdvBN and what trains the same layers as it. AFA spends the first part on its end points.
+  then the others: AdvBN, and AugMix and the controls that train the same layers. AFA spends the first part on its end points.
 - **One evaluation**, of the weights after the last epoch. No epoch is selected.
 - Digits are neither cropped nor mirrored, by any method: a mirrored digit is none.
 - AugMix is as in the rest of this book. It moves, turns and shears, which keeps a digit what it is. But its auto-contrast,
@@ -44,6 +44,7 @@ from advbn_lib.methods.afan import AFAN, Site
 from advbn_lib.methods.augmix import AugMix, AugMixAdvBN, Mixing
 from advbn_lib.methods.base import Method
 from advbn_lib.methods.baselines import CleanFineTuning, PlainTraining, RandomStatistics
+from advbn_lib.methods.mixed_statistics import MixedStatistics
 from advbn_lib.methods.pgd_training import PGDTraining
 from advbn_lib.mixing import ColourDecoder, MixingLoader
 from advbn_lib.models.digit_cnn import DigitCNN
@@ -76,7 +77,8 @@ class DigitsArena:
         width: of :class:`~advbn_lib.models.digit_cnn.DigitCNN`.
         schedule: of a whole training.
         first_share: of the epochs that go into the first of two parts.
-        second_lr: the learning rate at which the second part starts.
+        second_lr: the learning rate at which the second part starts; predictor_lr: that of AFA, whose second part trains from nothing
+            what predicts its weights.
         levels: variances of the training colours; None is the unbiased level.
         shifts: of the test images.
         attacked: how the trained networks are attacked.
@@ -99,6 +101,7 @@ class DigitsArena:
     shifts: tuple[str, ...]
     first_share: float = 0.5
     second_lr: float = 0.02
+    predictor_lr: float = 0.1
     levels: tuple[Level, ...] = (0.02, 0.035, UNBIASED)
     pgd_eps: float = 16.0
     pgd_steps: int = 3
@@ -130,7 +133,8 @@ class DigitsArena:
                 f"{method} trains in two parts: {total} epochs and a first share of {self.first_share} leave one of them without "
                 "an epoch"
             )
-        second = dataclasses.replace(self.schedule, lr=self.second_lr, warmup=0.0)
+        lr = self.predictor_lr if method == "afa" else self.second_lr
+        second = dataclasses.replace(self.schedule, lr=lr, warmup=0.0)
         return _as_long(self.schedule, first), _as_long(second, total - first)
 
     def digits(self, split: Literal["train", "test"], level: Level, seed: int) -> ColouredDigits:
@@ -213,6 +217,7 @@ METHODS: dict[str, tuple[Part, ...]] = {
     "natural": (_plain,),
     "clean_finetuning": _above(lambda given: CleanFineTuning(given.model, CUT, given.example)),
     "random_statistics": _above(lambda given: RandomStatistics(given.model, CUT, example=given.example)),
+    "mixed_statistics": _above(lambda given: MixedStatistics(given.model, CUT, example=given.example)),
     "advbn": _above(lambda given: AdvBN(given.model, CUT, example=given.example)),
     "augmix": _above(lambda given: AugMix(given.model, CUT, given.mixing(), example=given.example)),
     "advbn_augmix": _above(lambda given: AugMixAdvBN(given.model, CUT, given.mixing(), example=given.example)),
@@ -229,6 +234,7 @@ ABOUT = {
     "natural": "plain training",
     "clean_finetuning": "control: plain training, then the layers above the cut alone",
     "random_statistics": "control: random statistics above the cut, no ascent",
+    "mixed_statistics": "control: statistics mixed with another image's above the cut (MixStyle), no ascent",
     "advbn": "AdvBN above the cut",
     "augmix": "AugMix above the cut",
     "advbn_augmix": "AdvBN with AugMix in its clean branch",
@@ -251,8 +257,13 @@ class DigitsRun:
     - ``aligned``: on the same digits in colours of their own class, as in training; ``colour_gap``: how much less
       ``accuracy`` is than that;
     - ``corruptions``, ``noise``, ``blur``, ``weather``, ``digital``, ``style``: means over the shifts of a family that are tested;
-    - ``pgd_<strength>``: on the first test images, attacked, by the strength in 1/255;
-    - ``apgd``, ``calibration_error``: see :func:`~advbn_lib.side_by_side.side_by_side`.
+      ``shift_<name>``: each by itself;
+    - ``pgd_<strength>``: on the first test images, attacked, by the strength in 1/255; 0: the same images unchanged;
+      ``worst_case_<strength>``, of models with one main curve: of each image the worst of several attacks, see
+      :func:`~advbn_lib.robustness.strength_test`;
+    - ``apgd``, ``calibration_error``: see :func:`~advbn_lib.side_by_side.side_by_side`;
+    - ``fusing_weight`` and ``weight_follows``, of AFA: the mean weight over layers and images, with the strength of the attack (and
+      ``all``) in the branch's place.
 
     ``cost`` has seconds of training, by the clock and of computing on CPUs, the most memory that training took at any level, and
     forward and backward passes through the network for one training image in one epoch, those of the search for a worst case among
@@ -434,7 +445,7 @@ def _measured(
     table = accuracies(method, test, [parse_shift(name) for name in ("clean", *arena.shifts)], show_progress)
     own_colour = accuracy(method, aligned)
     families = {branch: family_means(shares) for branch, shares in table.items()}
-    robust = strength_test(method, test, arena.attacked, show_progress)["robust"]
+    attacked = strength_test(method, test, arena.attacked, show_progress)
     measured = {
         "accuracy": {branch: shares["clean"] for branch, shares in table.items()},
         "aligned": own_colour,
@@ -443,43 +454,26 @@ def _measured(
     for family in FAMILIES:
         found = {branch: means[family] for branch, means in families.items() if family in means}
         measured |= {family: found} if found else {}
-    for strength in arena.attacked.strengths[1:]:
-        measured[f"pgd_{strength:g}"] = {branch: shares[f"{strength:g}"] for branch, shares in robust.items()}
-    return {**measured, **side_by_side(method, test, arena.beside)}
+    for name in arena.shifts:
+        measured[f"shift_{name}"] = {branch: shares[name] for branch, shares in table.items()}
+    return {**measured, **_under_attack(attacked, method, arena), **side_by_side(method, test, arena.beside)}
+
+
+def _under_attack(found: dict[str, dict], method: Method, arena: DigitsArena) -> dict[str, dict[str, float]]:
+    """What the attacks say, by measure and branch; of AFA its weights, too."""
+    robust, measured = found["robust"], {}
+    for strength in arena.attacked.strengths:
+        curves = {branch: robust[branch] for branch in method.branches if branch in robust}
+        measured[f"pgd_{strength:g}"] = {branch: shares[f"{strength:g}"] for branch, shares in curves.items()}
+    for strength, share in robust.get("worst_case", {}).items():
+        measured[f"worst_case_{strength}"] = {"fused" if "fused" in robust else "clean": share}
+    if "weights" in found:
+        measured["fusing_weight"] = found["weights"]["all"]["mean"]
+        measured["weight_follows"] = {"all": found["weight_follows"]["all"]}
+    return measured
 
 
 def _as_long(schedule: Schedule, epochs: int) -> Schedule:
-    moved = tuple(max(1, round(epochs * milestone / schedule.epochs)) for milestone in schedule.milestones)
+    # Not rounded to whole epochs: in a short part a drop of the rate would come late, or never.
+    moved = tuple(epochs * milestone / schedule.epochs for milestone in schedule.milestones)
     return dataclasses.replace(schedule, epochs=epochs, milestones=moved)
-
-
-_CPU = DigitsArena(
-    "Color-MNIST, a small convolutional network trained for 8 epochs on 6,000 images at each of three levels of bias (methods that "
-    "fine-tune: 4 plain epochs and 4 of theirs); tested on the first 2,000 test images, attacked on the first 500",
-    data_set="mnist", images=(6_000, 2_000), width=8,
-    schedule=Schedule(epochs=8, batch_size=128, lr=0.05, milestones=(5, 7), warmup=0.5, weight_decay=5e-4),
-    shifts=(
-        "gaussian_noise-3", "impulse_noise-3", "defocus_blur-5", "motion_blur-3", "fog-3", "brightness-3", "contrast-3",
-        "elastic_transform-3", "grey", "inverted", "hue-3",
-    ),
-    attacked=StrengthTest(strengths=(0, 2, 8, 16), images=500, fixed_weights=(), cross_strengths=()),
-)  # fmt: skip
-# Whole epochs that take about as long as 8 epochs of PGD training. A test holds them against the records of arena_step_cost.
-_AS_LONG_AS_PGD = (
-    ("natural", 44), ("clean_finetuning", 46), ("random_statistics", 38), ("advbn", 16), ("augmix", 3), ("advbn_augmix", 3),
-    ("pgd", 8), ("afan", 10), ("afa", 7), ("randmix", 23), ("advmix", 3),
-)  # fmt: skip
-ARENAS: dict[str, DigitsArena] = {
-    "smoke_digits_arena": DigitsArena(
-        "scikit-learn's digits in colours and a tiny network, all methods: to see that everything runs",
-        data_set="digits", images=(320, 200), width=4, levels=(0.02, UNBIASED),
-        schedule=Schedule(epochs=2, batch_size=64, lr=0.05), shifts=("gaussian_noise-3", "contrast-3", "inverted"),
-        attacked=StrengthTest(strengths=(0, 2, 8, 16), steps=3, images=64, fixed_weights=(), cross_strengths=()),
-        pgd_steps=2, mix_steps=2, mix_restarts=2, beside=Beside(apgd_images=0),  # which needs no library that Colab lacks
-    ),
-    "cpu_digits_arena": _CPU,
-    "cpu_digits_arena_compute": dataclasses.replace(
-        _CPU, epochs=_AS_LONG_AS_PGD,
-        about="as cpu_digits_arena, but each method trains for as many epochs as take it about the time of 8 epochs of PGD training",
-    ),
-}  # fmt: skip

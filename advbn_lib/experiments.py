@@ -18,6 +18,7 @@ from advbn_lib.configurations import (
     FusedEnds,
     FusedTogether,
     FusedWeights,
+    Mixed,
     NoisyFeatureMaps,
     Plain,
     Random,
@@ -133,13 +134,15 @@ ATTACKED = (
     ),
 )  # fmt: skip
 
-# Whole networks trained on, for the comparison of all methods; what trains above a cut is in HEADLINE and ABLATIONS.
+# For the comparison of all methods. Whole networks trained on, and a control above the cut; the others above it are in HEADLINE and
+# ABLATIONS.
 TRAINED_ON = (
     Experiment("plain_finetuning", "control: the whole network trained on, on clean images", Plain()),
     Experiment("pgd_finetuning", "the whole network trained on by PGD training at 8/255", Attacked()),
     Experiment("afan_finetuning", "the whole network trained on by A-FAN", AdversarialFeatureMaps()),
     Experiment("end_points_finetuning", "the whole network trained on by AFA's first stage", FusedEnds()),
     Experiment("afa_finetuning", "AFA's second stage after that", FusedWeights(), after="end_points_finetuning"),
+    Experiment("mixed_statistics", "control: statistics mixed with another image's (MixStyle), no ascent", Mixed()),
 )
 
 EXPERIMENTS = {
@@ -168,5 +171,5 @@ def find(experiment: str, preset: str) -> tuple[Experiment, Preset]:
         if found.after:  # fixed weights between the same sets were tested with the experiment that it starts from
             size = replace(size, attacked=replace(size.attacked, fixed_weights=()))
     if isinstance(size, ArenaPreset):
-        size = replace(size, fine_tuning=size.schedule_of(experiment), epochs=())
+        size = replace(size, fine_tuning=size.schedule_of(experiment), rates=(), epochs=())
     return found, size

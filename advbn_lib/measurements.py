@@ -29,6 +29,7 @@ from advbn_lib.attack_measurements import ATTACK_MEASUREMENTS
 from advbn_lib.data.loader import DeviceLoader
 from advbn_lib.data.sets import load_images
 from advbn_lib.decoder import DecoderConfig
+from advbn_lib.digits_presets import DIGITS_PRESETS
 from advbn_lib.experiments import FROM_SCRATCH
 from advbn_lib.generation_measurements import GENERATION_MEASUREMENTS
 from advbn_lib.measuring import Job, Measurement, Outcome
@@ -193,10 +194,12 @@ def _smiles_measurement(method: str) -> Measurement:
 
 
 def _digits_measurement(method: str) -> Measurement:
-    arenas = digits_arena.ARENAS
+    arenas = DIGITS_PRESETS
 
     def config(preset: str) -> dict[str, Any]:
-        return {**asdict(arenas[preset]), "parts": [asdict(part) for part in arenas[preset].schedules(method)]}
+        own = {**asdict(arenas[preset]), "parts": [asdict(part) for part in arenas[preset].schedules(method)]}
+        del own["epochs"]  # other methods', too; its own are those of its parts
+        return own
 
     about = f"coloured digits, all methods side by side: {digits_arena.ABOUT[method]}"
     return _on_bench("digits", about, method, arenas, digits_arena.run_digits_arena, config)

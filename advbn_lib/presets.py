@@ -74,17 +74,21 @@ class ArenaPreset(AttackPreset):
 
     Attributes:
         beside: what is measured there and nowhere else.
+        rates: learning rates of experiments that start at another one than ``fine_tuning`` says, by name. AFA's second stage trains
+            what predicts its weights from nothing, at the rate that it has in its reconstruction.
         epochs: of experiments that train longer or shorter than ``fine_tuning`` says, by name; its milestones move along.
     """
 
     beside: Beside = Beside()
+    rates: tuple[tuple[str, float], ...] = (("afa_finetuning", 0.1),)
     epochs: tuple[tuple[str, int], ...] = ()
 
     def schedule_of(self, experiment: str) -> Schedule:
-        """Its fine-tuning, as long as ``epochs`` says."""
+        """Its fine-tuning, as long as ``epochs`` says and with the rate of ``rates``."""
         long = dict(self.epochs).get(experiment, self.fine_tuning.epochs)
         moved = tuple(round(long * milestone / self.fine_tuning.epochs) for milestone in self.fine_tuning.milestones)
-        return dataclasses.replace(self.fine_tuning, epochs=long, milestones=moved)
+        rate = dict(self.rates).get(experiment, self.fine_tuning.lr)
+        return dataclasses.replace(self.fine_tuning, lr=rate, epochs=long, milestones=moved)
 
 
 def shifts_at(severities: tuple[int, ...], names: tuple[str, ...] = (*CORRUPTIONS, *STYLES)) -> tuple[str, ...]:
@@ -226,9 +230,9 @@ PRESETS["cpu_arena_compute"] = dataclasses.replace(
     PRESETS["cpu_arena"],
     about="as cpu_arena, but each method trains on for as many epochs as take it about the time of 6 epochs of PGD training",
     epochs=(
-        ("plain_finetuning", 18), ("clean_finetuning", 26), ("random_statistics", 14), ("random_per_image", 14), ("advbn", 5),
-        ("augmix", 6), ("advbn_augmix", 3), ("pgd_finetuning", 6), ("afan_finetuning", 5), ("end_points_finetuning", 2),
-        ("afa_finetuning", 2),
+        ("plain_finetuning", 18), ("clean_finetuning", 26), ("random_statistics", 14), ("random_per_image", 14), ("mixed_statistics", 14),
+        ("advbn", 5), ("augmix", 6), ("advbn_augmix", 3), ("pgd_finetuning", 6), ("afan_finetuning", 5),
+        ("end_points_finetuning", 2), ("afa_finetuning", 2),
     ),
 )  # fmt: skip
 # A-FAN's training from scratch with other networks and data.

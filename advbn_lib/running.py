@@ -352,9 +352,9 @@ def is_current(job: Run, record: records.Record) -> bool:
 
 
 def _network_of(job: Run, name: str) -> nn.Module:
-    """As another experiment leaves it, at the same preset and seed."""
-    experiment, _ = find(name, job.preset_name)
-    return train_method(dataclasses.replace(job, experiment=experiment)).method.model
+    """As another experiment leaves it, at the same preset and seed; the preset decides for each by itself how long it trains."""
+    experiment, size = find(name, job.preset_name)
+    return train_method(dataclasses.replace(job, experiment=experiment, preset=size)).method.model
 
 
 def _train(job: Run, method: Method, train_set: ImageSet, key: str) -> tuple[History, TrainingCost]:

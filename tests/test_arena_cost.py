@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from advbn_lib import arena_cost, digits_arena, records
-from advbn_lib.arena_cost import AT, BUDGETS, CIFAR_BUDGET, DIGITS_BUDGET, TRAINED, fits, in_turns, parts_of
+from advbn_lib.arena_cost import AT, BUDGETS, CIFAR_BUDGET, DIGITS_BUDGET, TRAINED, parts_of
 from advbn_lib.arena_tables import CIFAR, DIGITS
+from advbn_lib.digits_presets import DIGITS_PRESETS
 from advbn_lib.experiments import EXPERIMENTS
 from advbn_lib.measurements import run_measurement
 from advbn_lib.measuring import Job
 from advbn_lib.plan import SCALES
+from advbn_lib.step_timing import in_turns
 
 CPU = torch.device("cpu")
 OF_DIGITS = {*digits_arena.METHODS, arena_cost.END_POINTS}
@@ -27,25 +29,33 @@ def test_every_method_of_an_arena_has_a_cost_and_epochs():
         assert budget.measured_at in AT and "arena_step_cost" in SCALES["cpu"][budget.measured_at]
 
 
-def test_the_time_is_worth_what_the_rule_says():
+def test_what_a_training_spends_is_the_sum_of_its_parts():
     """A step of plain training is a second, others are two, PGD is ten."""
     seconds = {name: 10.0 if name == "pgd_finetuning" else 2.0 for name in TRAINED} | {"plain_finetuning": 1.0}
-    worth = CIFAR_BUDGET.worth(seconds)
-    assert worth["pgd_finetuning"] == 6 and worth["plain_finetuning"] == 60 and worth["advbn"] == 30
-    assert worth["end_points_finetuning"] == worth["afa_finetuning"] == 15, "two stages share the time"
+    spent, planned = CIFAR_BUDGET.spent(seconds), CIFAR_BUDGET.planned
+    assert spent["pgd_finetuning"] == 1 and spent["plain_finetuning"] == planned["plain_finetuning"] / 60
+    assert spent["advbn"] == 2 * planned["advbn"] / 60
+    both = planned["end_points_finetuning"] + planned["afa_finetuning"]
+    assert spent["end_points_finetuning"] == spent["afa_finetuning"] == 2 * both / 60, "two stages share the time"
     seconds = {name: 10.0 if name == "pgd" else 2.0 for name in OF_DIGITS} | {"natural": 1.0, "end_points": 4.0}
-    worth = DIGITS_BUDGET.worth(seconds)
-    assert worth["pgd"] == 8 and worth["natural"] == 80 and worth["randmix"] == 40
-    assert worth["advbn"] == pytest.approx(80 / 1.5), "half of its epochs are plain ones"
-    assert worth["afa"] == pytest.approx(80 / 3), "half of its epochs are for its end points"
+    spent, planned = DIGITS_BUDGET.spent(seconds), DIGITS_BUDGET.planned
+    assert spent["pgd"] == 1 and spent["natural"] == planned["natural"] / 160
+    for name, first in (("advbn", 1), ("afa", 4)):
+        plain, own = (part.epochs for part in DIGITS_PRESETS[DIGITS_BUDGET.preset].schedules(name))
+        assert plain + own == planned[name] and spent[name] == (first * plain + 2 * own) / 160, (
+            "each part at its own cost"
+        )
 
 
 @pytest.mark.parametrize(
-    ("epochs", "worth", "good"),
-    [(3, 2.6, True), (3, 3.4, True), (1, 0.2, True), (2, 0.2, False), (50, 44, True), (52, 43, False), (20, 44, False), (3, 6, False)],
+    ("epochs", "seconds", "good"),
+    [(10, 6.0, True), (10, 7.1, True), (10, 8.0, False), (10, 4.9, True), (10, 4.4, False), (1, 90.0, True), (1, 200.0, False), (1, 30.0, False)],
 )  # fmt: skip
-def test_epochs_are_what_the_time_is_worth(epochs, worth, good):
-    assert fits(epochs, worth) == good
+def test_a_training_fits_to_half_an_epoch_and_fifteen_per_cent(monkeypatch, epochs, seconds, good):
+    """Six epochs of PGD, ten seconds a step each, are the budget: sixty. Ten epochs of six seconds are a perfect match."""
+    monkeypatch.setattr(arena_cost.Budget, "planned", {"pgd_finetuning": 6, "advbn": epochs})
+    fits = CIFAR_BUDGET.fits({"pgd_finetuning": 10.0, "advbn": seconds})
+    assert fits == {"pgd_finetuning": True, "advbn": good}
 
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
@@ -55,9 +65,10 @@ def test_epochs_of_the_compute_presets_are_those_of_the_measured_costs(budget):
     if not found:
         pytest.skip(f"no record yet of arena_step_cost at {budget.measured_at}: run it with python -m advbn_lib run")
     seconds = {name: value.mean for name, value in records.estimates(found, "arena_step_cost/seconds").items()}
-    worth = budget.worth(seconds)
-    wrong = {name: (epochs, worth[name]) for name, epochs in budget.planned.items() if not fits(epochs, worth[name])}
-    assert not wrong, f"epochs planned, and worth: {wrong}"
+    spent, fits = budget.spent(seconds), budget.fits(seconds)
+    assert all(fits.values()), (
+        f"times the budget: { {name: round(spent[name], 2) for name in spent if not fits[name]} }"
+    )
 
 
 def test_steps_take_turns_and_the_median_counts_without_the_first_rounds():

@@ -144,7 +144,9 @@ def test_with_some_records_the_rest_is_left_out(tmp_path):
     }  # fmt: skip
     assert {row["clean"].n for row in CIFAR.differences(CIFAR.columns, tmp_path).values()} == {1}
     assert {len(row["clean"]) for row in CIFAR.by_seed(CIFAR.columns, tmp_path).values()} == {1}
-    assert "python -m advbn_lib run plain_finetuning --preset cpu_arena --seed 0 2" in CIFAR.commands(tmp_path)
+    assert "python -m advbn_lib run plain_finetuning --preset cpu_arena --seed 0 2 --threads 1" in CIFAR.commands(
+        tmp_path
+    )
     write(CIFAR, tmp_path, {"pgd_finetuning"}, seeds=(2,))
     assert CIFAR.by_seed(CIFAR.columns, tmp_path) == {}, "no seed is shared by all"
     assert "PGD" not in CIFAR.differences(CIFAR.columns, tmp_path) and "PGD" in CIFAR.values(CIFAR.columns, tmp_path)
@@ -215,7 +217,7 @@ def test_the_chapter_shows_what_there_is(tmp_path, monkeypatch, capsys, there):
     assert said.count("not run yet") == (4 if there == "none" else 0)
     assert said.count("not timed yet") == 2 and "the time of 6 epochs of PGD training" in said
     assert len(figures) == {"none": 0, "some": 13, "all": 16}[there]
-    assert len(tables) == 1 + (0 if there == "none" else 4)
+    assert len(tables) == 1 + (0 if there == "none" else 2 * 4), "of each arena the differences, and the values"
     for head, rows in tables[1:]:
         assert all(len(row) == len(head) and row[-1].startswith("<a href=") for row in rows)
         assert all(cell == "–" or cell.startswith("<a href=") for row in rows for cell in row[3:-2]), (

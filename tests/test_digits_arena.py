@@ -13,13 +13,13 @@ from advbn_lib import digits_arena, measurements
 from advbn_lib.data.images import DataError
 from advbn_lib.digits_arena import (
     ABOUT,
-    ARENAS,
     BIASED,
     METHODS,
     DigitsArena,
     counted_passes,
     run_digits_arena,
 )
+from advbn_lib.digits_presets import DIGITS_PRESETS
 from advbn_lib.measuring import Job
 from advbn_lib.robustness import StrengthTest
 from advbn_lib.side_by_side import Beside
@@ -28,7 +28,8 @@ from advbn_lib.training import Schedule
 pytest.importorskip("sklearn")
 pytest.importorskip("torchattacks")
 CPU = torch.device("cpu")
-FINE_TUNED = ("clean_finetuning", "random_statistics", "advbn", "augmix", "advbn_augmix")
+FINE_TUNED = ("clean_finetuning", "random_statistics", "mixed_statistics", "advbn", "augmix", "advbn_augmix")
+DUAL = ("random_statistics", "mixed_statistics", "advbn", "advbn_augmix")
 MEASURES = {
     "accuracy",
     "aligned",
@@ -36,6 +37,9 @@ MEASURES = {
     "corruptions",
     "noise",
     "style",
+    "shift_gaussian_noise-3",
+    "shift_inverted",
+    "pgd_0",
     "pgd_2",
     "pgd_8",
     "pgd_16",
@@ -45,11 +49,13 @@ MEASURES = {
 
 
 def short(**changes) -> DigitsArena:
-    attacked = StrengthTest(strengths=(0, 2, 8, 16), steps=2, images=30, fixed_weights=(), cross_strengths=())
+    attacked = StrengthTest(
+        strengths=(0, 2, 8, 16), steps=2, images=30, fixed_weights=(), cross_strengths=(16,), follow_up_to=16
+    )
     sizes = {"images": (64, 60), "schedule": Schedule(epochs=2, batch_size=32, lr=0.05), "levels": (0.02,)}
     sizes |= {"shifts": ("gaussian_noise-3", "inverted"), "attacked": attacked}
     sizes |= {"beside": Beside(apgd_images=8, apgd_steps=2, radius=16.0)}
-    return dataclasses.replace(ARENAS["smoke_digits_arena"], **{**sizes, **changes})
+    return dataclasses.replace(DIGITS_PRESETS["smoke_digits_arena"], **{**sizes, **changes})
 
 
 def run(arena: DigitsArena, method: str = "natural", seed: int = 0, folder=None, code: str = "code"):
@@ -60,17 +66,22 @@ def run(arena: DigitsArena, method: str = "natural", seed: int = 0, folder=None,
 def test_every_method_gives_the_same_measures(method):
     ran = run(short(), method)
     measured = ran.metrics["digits"]
-    assert measured.keys() == MEASURES and method in ABOUT
     branches = set(measured["accuracy"])
     wanted = {"afa": {"fused", "clean", "adversarial"}}
-    dual = {name: {"clean", "adversarial"} for name in ("random_statistics", "advbn", "advbn_augmix")}
+    dual = {name: {"clean", "adversarial"} for name in DUAL}
     assert branches == (wanted | dual).get(method, {"clean"})
+    weights = {name: set(measured.pop(name)) for name in ("fusing_weight", "weight_follows") if name in measured}
+    assert weights == ({"fusing_weight": {"0", "2", "8", "16"}, "weight_follows": {"all"}} if method == "afa" else {})
+    assert measured.keys() == MEASURES | (set() if method in DUAL else {"worst_case_16"}) and method in ABOUT
     for measure, by_branch in measured.items():
-        attacked_alone = measure.startswith(("pgd_", "apgd")) and method == "afa"
+        attacked_alone = measure.startswith(("pgd_", "apgd", "worst_case")) and method == "afa"
         assert set(by_branch) == ({"fused"} if attacked_alone else branches)
         for shares in by_branch.values():
             assert shares.keys() == {"0.02", BIASED} and shares["0.02"] == shares[BIASED]
             assert all(0 <= share <= 1 or measure == "colour_gap" for share in shares.values())
+    if method not in DUAL:
+        [main] = measured["worst_case_16"]
+        assert measured["worst_case_16"][main]["0.02"] <= measured["pgd_16"][main]["0.02"], "one of several attacks"
     for branch in branches:
         gap = measured["aligned"][branch]["0.02"] - measured["accuracy"][branch]["0.02"]
         assert measured["colour_gap"][branch]["0.02"] == pytest.approx(gap)
@@ -133,22 +144,26 @@ def test_what_fine_tunes_begins_with_the_plain_network_and_sees_what_it_would_ha
 
 def test_every_method_has_the_same_budget():
     for name in ("smoke_digits_arena", "cpu_digits_arena"):
-        arena = ARENAS[name]
+        arena = DIGITS_PRESETS[name]
         for method in METHODS:
             parts = arena.schedules(method)
             assert sum(part.epochs for part in parts) == arena.schedule.epochs
             assert len({part.batch_size for part in parts}) == 1
             assert len(parts) == (2 if method in (*FINE_TUNED, "afa") else 1)
+            drops = len(arena.schedule.milestones)
+            assert all(part.rate(part.epochs) == pytest.approx(part.lr / 10**drops) for part in parts)
+            assert parts[-1].lr == {1: arena.schedule.lr, 2: 0.1 if method == "afa" else 0.02}[len(parts)]
 
 
 def test_with_epochs_of_its_own_a_method_trains_as_long_as_they_say():
-    arena = ARENAS["cpu_digits_arena_compute"]
+    arena = DIGITS_PRESETS["cpu_digits_arena_compute"]
     wanted = dict(arena.epochs)
-    assert wanted.keys() == METHODS.keys() and wanted["pgd"] == arena.schedule.epochs
+    assert wanted.keys() == METHODS.keys() and wanted["pgd"] == 2 * arena.schedule.epochs
     for method in METHODS:
         parts = arena.schedules(method)
         assert sum(part.epochs for part in parts) == wanted[method]
-        assert all(0 < milestone <= part.epochs for part in parts for milestone in part.milestones)
+        assert all(0 < milestone < part.epochs for part in parts for milestone in part.milestones)
+        assert all(part.rate(part.epochs) == pytest.approx(part.lr / 100) for part in parts), "both drops come"
     doubled = short(epochs=(("natural", 4),))
     assert len(run(doubled, "natural").curves["clean_loss/0.02"]) == 4
 
@@ -197,7 +212,7 @@ def test_levels_that_are_done_are_not_done_again(tmp_path, monkeypatch):
 
 
 def test_a_run_leaves_a_record(tmp_path, monkeypatch):
-    monkeypatch.setitem(digits_arena.ARENAS, "smoke_digits_arena", short())
+    monkeypatch.setitem(DIGITS_PRESETS, "smoke_digits_arena", short())
     job = Job("smoke_digits_arena", 0, CPU, tmp_path / "records", tmp_path / "runs", False)
     record = measurements.run_measurement("digits_random_statistics", job)
     assert record.metric("digits/accuracy/adversarial/0.02") >= 0

@@ -11,8 +11,10 @@ from conftest import assert_same_traces, batch, copy_of_state, differing, tiny_n
 from torch import nn
 
 from advbn_lib import AdvBN, CleanFineTuning, PlainTraining, RandomStatistics, SplitError, use_branch
+from advbn_lib.methods import MixedStatistics
+from advbn_lib.statistics import INSTANCE, mean, std
 
-PERTURBING = [AdvBN, RandomStatistics]
+PERTURBING = [AdvBN, RandomStatistics, MixedStatistics]
 
 
 def batches_seen(model: nn.Module) -> dict[str, int]:
@@ -259,6 +261,39 @@ def test_random_statistics_come_from_advbns_set_and_do_not_look_at_the_labels():
     assert method.perturbation == AdvBN(tiny_network()).perturbation
     torch.manual_seed(5)
     assert torch.equal(perturbed, method.perturbation.apply(features, method.perturbation.sample(features)))
+
+
+def test_mixed_statistics_lie_between_those_of_two_images_of_the_batch():
+    """The definition, image by image: some share of its own mean, the rest of another image's, and the same share of the spread."""
+    method, (images, labels) = MixedStatistics(used_before(tiny_network()), clamp_at_zero=False), batch()
+    features = method.features(images)
+    torch.manual_seed(5)
+    mixed = method.perturb(features, labels)
+    own, found = (torch.cat([mean(x, INSTANCE), std(x, INSTANCE)], 1).flatten(1).double() for x in (features, mixed))
+    partners = []
+    for image in range(len(images)):
+        towards = own - own[image]
+        shares = ((found[image] - own[image]) * towards).sum(1) / (towards * towards).sum(1).clamp_min(1e-12)
+        left = (own[image] + shares[:, None] * towards - found[image]).norm(dim=1)
+        partners.append(left.argmin().item())
+        assert left.min() < 1e-3 * own[image].norm() and -1e-4 <= shares[partners[-1]] <= 1 + 1e-4
+    assert len(set(partners)) > 2, "others, not one for all"
+    torch.manual_seed(5)
+    assert torch.equal(method.perturb(features, labels), mixed) and not torch.equal(
+        method.perturb(features, labels), mixed
+    )
+    assert MixedStatistics(tiny_network()).perturb(features, labels).min() >= 0, "behind a ReLU"
+
+
+def test_mixed_statistics_keep_the_image_or_take_another_s_style_whole_when_alpha_is_small():
+    method, (images, labels) = MixedStatistics(used_before(tiny_network()), alpha=0.01, clamp_at_zero=False), batch()
+    features = method.features(images)
+    torch.manual_seed(5)
+    found, own = mean(method.perturb(features, labels), INSTANCE).flatten(1), mean(features, INSTANCE).flatten(1)
+    distance = torch.cdist(found.double(), own.double()).min(1).values
+    assert (distance < 1e-3 * own.norm(dim=1)).sum() >= 7, "of 8; a share in between is rare"
+    with pytest.raises(ValueError, match="alpha must be at least 0.01"):
+        MixedStatistics(tiny_network(), alpha=0)
 
 
 ARCHITECTURES = [

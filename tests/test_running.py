@@ -70,7 +70,7 @@ def branches_of(experiment) -> set[str]:
     kind, two = type(experiment.method).__name__, {"clean", "adversarial"}
     if kind.startswith("Fused"):
         return two if kind == "FusedEnds" else two | {"fused"}
-    if kind not in ("Unchanged", "Random", "Adversarial", "AugmentedAdversarial") or experiment.stage != "fine_tuning":
+    if kind not in ("Unchanged", "Random", "Mixed", "Adversarial", "AugmentedAdversarial") or experiment.stage != "fine_tuning":
         return {"clean"}
     # The configurations say either when it is not as in the paper.
     return two if getattr(experiment.method, "dual_bn", True) and experiment.method.layer != "layer3" else {"clean"}

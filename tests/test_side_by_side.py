@@ -1,10 +1,13 @@
 """What is measured when all methods are compared: calibration, an attack that is not ours, and runs as long as each other."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import tiny_images, tiny_network
 from torch import nn
 
+from advbn_lib import running
 from advbn_lib.attacks import PGD
 from advbn_lib.calibration import calibration, expected_calibration_error
 from advbn_lib.experiments import TRAINED_ON, find
@@ -124,7 +127,11 @@ def test_each_method_goes_on_from_the_same_network_for_as_long():
             continue  # matched in computing time instead
         for experiment in TRAINED_ON:
             found, at = find(experiment.name, name)
-            assert found.stage == "fine_tuning" and at.fine_tuning == size.fine_tuning and at.start == "pretrain"
+            lr = (
+                0.1 if experiment.name == "afa_finetuning" else size.fine_tuning.lr
+            )  # its predictors begin from nothing
+            assert at.fine_tuning == dataclasses.replace(size.fine_tuning, lr=lr)
+            assert found.stage == "fine_tuning" and at.start == "pretrain"
 
 
 def test_epochs_of_an_experiment_can_be_others():
@@ -133,3 +140,29 @@ def test_epochs_of_an_experiment_can_be_others():
     schedule = longer.schedule_of("plain_finetuning")
     assert (schedule.epochs, schedule.milestones) == (9, (6,)) and schedule.lr == size.fine_tuning.lr
     assert longer.schedule_of("pgd_finetuning") == size.fine_tuning
+
+
+def test_each_stage_is_trained_by_its_own_schedule(tmp_path, monkeypatch):
+    """AFA's second stage starts from its first: that one has epochs and a rate of its own, also when the second one asks for it."""
+    sizes = {"pretraining_images": 64, "train_images": 64, "shifts": ("clean",), "beside": Beside(apgd_images=0)}
+    attacked = dataclasses.replace(PRESETS["smoke_arena"].attacked, images=8, strengths=(0, 8), cross_strengths=())
+    epochs = (("end_points_finetuning", 3), ("afa_finetuning", 1))
+    size = dataclasses.replace(PRESETS["smoke_arena"], epochs=epochs, attacked=attacked, **sizes)
+    monkeypatch.setitem(PRESETS, "smoke_arena", size)
+    monkeypatch.setattr(
+        running, "load_images", lambda name, split: tiny_images(64, seed=len(split), name=f"tiny/{split}")
+    )
+    trained, original = [], running.train
+
+    def noted(method, loader, schedule, *arguments, **options):
+        trained.append((type(method).__name__, schedule.epochs, schedule.lr))
+        return original(method, loader, schedule, *arguments, **options)
+
+    monkeypatch.setattr(running, "train", noted)
+    folders = {"records_folder": tmp_path / "records", "runs_folder": tmp_path / "runs"}
+    for name in ("afa_finetuning", "end_points_finetuning"):
+        record = running.run(running.prepare(name, "smoke_arena", 0, "cpu", **folders, show_progress=False))
+    assert trained == [("PlainTraining", 4, 0.1), ("EndPoints", 3, 0.02), ("AFA", 1, 0.1)], (
+        "the first stage is not trained again"
+    )
+    assert len(record.curves["clean_loss"]) == 3

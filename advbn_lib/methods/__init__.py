@@ -8,9 +8,10 @@ from advbn_lib.methods.augmix import AugMix, AugMixAdvBN, Mixing
 from advbn_lib.methods.base import Losses, Method
 from advbn_lib.methods.baselines import CleanFineTuning, PlainTraining, RandomStatistics, UnchangedStatistics
 from advbn_lib.methods.feature_controls import ExtraForwards, FeatureNoise, NoAugmentation, UnchangedFeatures
+from advbn_lib.methods.mixed_statistics import MixedStatistics
 
 __all__ = [
     "AFAN", "AdvBN", "AdvProp", "AugMix", "AugMixAdvBN", "CleanFineTuning", "ExtraForwards", "FeatureAugmentation", "FeatureNoise",
-    "LearnableAFAN", "Losses", "Method", "Mixing", "NoAugmentation", "PlainTraining", "RandomStatistics", "Site",
+    "LearnableAFAN", "Losses", "Method", "MixedStatistics", "Mixing", "NoAugmentation", "PlainTraining", "RandomStatistics", "Site",
     "UnchangedFeatures", "UnchangedStatistics",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from advbn_lib import records
-from advbn_lib.digits_arena import ARENAS
+from advbn_lib.digits_presets import DIGITS_PRESETS
 from advbn_lib.presets import MEASURED_AT, PRESETS
 
 from . import wording
@@ -121,7 +121,7 @@ class RecordsIndex(SphinxDirective):
         section["names"].append(name)
         self.state.document.note_explicit_target(section)
         spread = "with its 95 % interval" if len(runs) > 1 else "which gives no interval"
-        size = PRESETS.get(preset) or ARENAS.get(preset)
+        size = PRESETS.get(preset) or DIGITS_PRESETS.get(preset)
         about = size.about if size else MEASURED_AT.get(preset)
         scale = f" Scale: {about}." if about else ""
         section += nodes.paragraph("", f"Mean over {wording.seeds(len(runs))}, {spread}.{scale}")
