@@ -11,6 +11,7 @@ import yaml
 from advbn_lib import appearance_study, claims, mixing_bench, plan, records, reported, smiles_bench
 from advbn_lib.__main__ import NAMES, main
 from advbn_lib.claims import Claim, Side
+from advbn_lib.digits_presets import DIGITS_PRESETS
 from advbn_lib.experiments import EXPERIMENTS
 from advbn_lib.measurements import MEASUREMENTS
 
@@ -20,10 +21,12 @@ METRIC = "mean/clean/corruptions"
 CONTROLS = {
     "clean_finetuning", "random_statistics", "advbn_shared_bn", "augmix", "pretrain", "feature_noise", "unchanged_features",
     "extra_forwards", "advprop_5_steps", "afan_points", "end_points", "pgd_4", "pgd_8", "trades",
+    "mixed_statistics", "plain_finetuning", "pgd_finetuning",
 }  # fmt: skip
 _MIXED = ("nominal", "randmix", "randmix_looks", "randmix_passes", "reconstruction", "linf", "mixup", "advmix")
 # AdvMix is a control where it stands below the oracle.
 MIXING_CONTROLS = {f"{bench}_{name}" for bench in ("mixing", "smiles", "stylegan") for name in _MIXED}
+MIXING_CONTROLS |= {f"digits_{name}" for name in ("pgd", "randmix", "clean_finetuning", "random_statistics")}
 # Of the looks: other changes of features. Of AFA: the clean end point, the attack it was trained on. Of smiles: the planted light.
 IN_THE_SAME_RECORD = {*appearance_study.CONTROLS, "clean", "fused", "planted"}
 
@@ -91,6 +94,8 @@ def is_held_against_a_control(entry: Claim) -> bool:
     experiment, parts = entry.second.experiment, entry.second.metric.split("/")
     if experiment == "step_cost":
         return "-cheaper-" in entry.id and parts[-1] == "afan"  # the dearer one comes first
+    if parts[-1] == "roughness":  # less of it is better: the rougher course comes first
+        return "noise" in entry.first.metric.split("/")
     if experiment == entry.first.experiment:  # parts of one record
         return entry.first != entry.second and not IN_THE_SAME_RECORD.isdisjoint(parts)
     if experiment in MEASUREMENTS:
@@ -283,9 +288,9 @@ def test_every_claim_of_the_book_has_its_fields_and_they_name_what_exists():
             assert control != claim.id
         paired = claim.second and claim.second.experiment != claim.first.experiment
         assert not paired or claim.second.experiment in claim.controls, claim.id
-    assert {claim.id for claim in ledger if claim.written == "after"} == {
-        f"advbn-{eps}looks-{what}-beyond-random" for eps in ("", "eps05-") for what in ("edges", "style")
-    }
+    beyond_random = {f"advbn-{eps}looks-{what}-beyond-random" for eps in ("", "eps05-") for what in ("edges", "style")}
+    afterwards = beyond_random | {"advbn-style-clean-branch", "afa-smooth"}
+    assert {claim.id for claim in ledger if claim.written == "after"} == afterwards
     said = {key for claim in ledger for key in claim.reported}
     assert "advmix/celeba_smile_errors/advmix" in said and not any(key.startswith("afa/") for key in said)
 
@@ -295,6 +300,8 @@ def test_protocols_name_the_sizes_of_the_runs():
     mixing, smiles = mixing_bench.BENCHES["cpu_mixing"], smiles_bench.BENCHES["cpu_smiles"]
     assert f"{mixing.pgd_eps:g}/255" in protocol["advmix-spurious-linf"]
     assert f"{smiles.pgd_eps:g}/255" in protocol["advmix-smiles-linf"]
+    digits = {claim.id: claim.says for claim in claims.read_claims(LEDGER)}["arena-advmix-bias"]
+    assert f"at {DIGITS_PRESETS['cpu_digits_arena'].pgd_eps:g}/255" in digits
     assert f"{100 * smiles.share:g} %" in protocol["advmix-smiles-nominal"]
     assert f"first {smiles.attacked} test faces" in protocol["advmix-smiles-robust"]
     assert f"{mixing.attack_restarts} restarts" in protocol["advmix-robust-randmix"]
