@@ -37,7 +37,7 @@ test: $(READY)
 reproduce: $(READY)
 	@$(PY) -m advbn_lib plan --preset $(or $(PRESET),cpu)
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m snakemake -s workflow/Snakefile --directory . --cores $(JOBS) --nolock \
-	  --rerun-incomplete --keep-going --quiet rules $(ARGS) --config preset=$(or $(PRESET),cpu)
+	  --rerun-incomplete --quiet rules --resources gpu=1 --keep-going $(ARGS) --config preset=$(or $(PRESET),cpu)
 
 install: $(READY)
 

@@ -198,14 +198,18 @@ def costs(runs: Iterable[Planned], folder: Path | None = None, runs_folder: Path
     """What the runs will cost, by kind of machine, the best known first.
 
     From the records of the same experiment and preset. Where there is none, from the other runs of the preset: roughly, their mean.
+    A kind of machine that has made none of the experiments is left out, if another has.
 
     Args:
         runs_folder: where weights are kept. Trainings that must be made again, because theirs are gone, are then counted, too.
     """
     runs = list(runs)
     again = [] if runs_folder is None else to_train_again(runs, runs_folder)
-    trained, found = past_hours(folder, "cost/train_seconds"), []
-    for name, hours in past_hours(folder).items():
+    trained, past, found = past_hours(folder, "cost/train_seconds"), past_hours(folder), []
+    # A machine that has made none of these experiments knows little: it counts only where no other has.
+    telling = [name for name, hours in past.items() if any((run.experiment, run.preset) in hours for run in runs)]
+    for name in telling or past:
+        hours = past[name]
         whole = [_hours(run, hours) for run in runs]
         parts = [_hours(run, trained.get(name, {})) for run in again]
         told = [one for one in (*whole, *parts) if one is not None]

@@ -95,10 +95,13 @@ def test_costs_are_those_of_runs_of_the_same_kind_on_each_machine(tmp_path):
         records.write(record(Planned(*kind, seed), hours), tmp_path)
     records.write(record(Planned("untouched", "smoke", 0), 0.5, threads=2), tmp_path)
     wanted = [Planned(*kind, 2), Planned(*kind, 3), Planned("afan", "cpu_scratch", 0)]
+    assert costs(wanted, tmp_path) == [plan.Cost("A chip, 1 thread", 4.0, 1)], "the other machine has made none of these"
+    records.write(record(Planned(*kind, 4), 0.25, threads=2), tmp_path)
     assert costs(wanted, tmp_path) == [
+        plan.Cost("A chip, 2 threads", 0.5, 1),
         plan.Cost("A chip, 1 thread", 4.0, 1),
-        plan.Cost("A chip, 2 threads", 1.0, 1, rough=2),
     ]
+    assert costs([Planned("augmix", "smoke", 0)], tmp_path)[0] == plan.Cost("A chip, 2 threads", 0.375, 0, rough=1)
     assert costs([], tmp_path) == [] == costs(wanted, tmp_path / "none")
 
 
@@ -176,7 +179,7 @@ needs_snakemake = pytest.mark.skipif(
 
 def command(folder: Path, *words: str) -> list[str | Path]:
     return [
-        sys.executable, "-m", "snakemake", "-s", ROOT / "workflow" / "Snakefile", "--directory", folder, "--cores", "1", "--nolock",
+        sys.executable, "-m", "snakemake", "-s", ROOT / "workflow" / "Snakefile", "--directory", folder, "--cores", "2", "--nolock",
         "--rerun-incomplete", *words, "--config", "preset=smoke", "seeds=0", f"records={folder / 'records'}", f"runs={folder / 'runs'}",
         "book=false",
     ]  # fmt: skip
