@@ -159,6 +159,7 @@ def run_notebook(layout: Layout, notebook: Path, preset: str, key: str) -> Path:
     except papermill.PapermillExecutionError as error:
         raise BuildError(explain_failure(layout, notebook, partial, error)) from error
     strip_run_traces(node)
+    join_streams(node)
     node.metadata["advbn_book"] = {"key": key, "preset": preset}
     write_if_changed(target, nbformat.writes(node).encode())
     partial.unlink()
@@ -186,6 +187,20 @@ def strip_run_traces(node) -> None:
         cell.metadata.pop("execution", None)
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata.tags.append("remove-cell")
+
+
+def join_streams(node) -> None:
+    """One box for what a cell printed in one go. What it printed after a figure or a table stays below that."""
+    for cell in node.cells:
+        joined = []
+        for output in cell.get("outputs", []):
+            before = joined[-1] if joined else {}
+            if output.output_type == "stream" and before.get("name") == output.name:
+                before["text"] += output.text
+            else:
+                joined.append(output)
+        if "outputs" in cell:
+            cell.outputs = joined
 
 
 def check_exercises(layout: Layout) -> None:

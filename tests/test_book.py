@@ -469,6 +469,21 @@ def test_no_notebooks_is_an_error(layout):
         build.run_notebooks(layout, "smoke")
 
 
+def test_what_a_cell_prints_stays_where_it_was_printed():
+    nbformat = pytest.importorskip("nbformat")
+    new = nbformat.v4
+    text = lambda words, name="stdout": new.new_output("stream", name=name, text=words)  # noqa: E731
+    figure = new.new_output("display_data", {"text/plain": "a figure"})
+    cell = new.new_code_cell(
+        "", outputs=[text("a\n"), text("b\n"), figure, text("c\n"), text("d\n", "stderr"), text("e\n")]
+    )
+    node = new.new_notebook(cells=[new.new_markdown_cell("words"), cell])
+    build.join_streams(node)
+    found = [output.get("text", "figure") for output in node.cells[1].outputs]
+    assert found == ["a\nb\n", "figure", "c\n", "d\n", "e\n"]
+    nbformat.validate(node)
+
+
 def test_stage_touches_only_what_changed(layout):
     executed = [layout.root / "notebooks/01_first.ipynb"]
     build.stage(layout, executed)
