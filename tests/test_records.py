@@ -317,6 +317,8 @@ def of_shares(found: Record) -> list[str]:
     groups = {name: table for name, table in found.metrics.items() if wording.is_accuracy(name)}
     if "segmentation" in groups:
         groups["segmentation"] = {n: value for n, value in groups["segmentation"].items() if n != "absent_classes"}
+    if "digits" in groups:
+        groups["digits"] = {n: value for n, value in groups["digits"].items() if wording.is_accuracy(f"digits/{n}")}
     if found.experiment in EXPERIMENTS and not any(groups["accuracy"].values()):
         return ["it has no accuracy"]
     outside = [value for value in numbers(groups) if not 0 <= value <= 1]

@@ -46,9 +46,14 @@ def three_digits(value: float, signed: bool) -> str:
     return f"{rounded:+,.{decimals}f}" if signed else f"{rounded:,.{decimals}f}"
 
 
+# Measures in a group of shares that are none: a difference, a weight, a correlation.
+NO_SHARES = {"digits": (["colour_gap"], ["fusing_weight"], ["weight_follows"])}
+
+
 def is_accuracy(metric: str) -> bool:
     """Accuracies, means of them over shifts, average precisions and overlaps are shares from 0 to 1."""
-    return metric.split("/")[0] in SHARES
+    group, *inside = metric.split("/")
+    return group in SHARES and inside[:1] not in NO_SHARES.get(group, ())
 
 
 def seeds(count: int) -> str:
