@@ -49,10 +49,12 @@ def heat_map(
         raise ValueError(
             f"{len(columns)} columns do not fit side by side: make two figures of {len(columns) // 2 + 1} at most"
         )
-    heads = [textwrap.fill(name.replace("_", " "), max(6, int(room * 13))) for name in columns]
+    wide = max(4, int(room * 10))  # characters; a longer word sticks out, but is whole
+    heads = [textwrap.fill(name.replace("_", " "), wide, break_long_words=False) for name in columns]
     lines = max(head.count("\n") + 1 for head in heads)
+    title = textwrap.fill(title, 42)  # it begins where the cells begin
     with _style():
-        figure, axes = _new(1, 1, 0.5 + 0.35 * bool(title) + 0.19 * lines + 0.42 * len(rows))
+        figure, axes = _new(1, 1, 0.5 + 0.35 * bool(title) + 0.2 * title.count("\n") + 0.19 * lines + 0.42 * len(rows))
         ax = axes[0, 0]
         for across, column in enumerate(columns):
             shares = goodness(
