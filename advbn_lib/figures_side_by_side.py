@@ -170,7 +170,7 @@ def rank_plot(found: Ranks, title: str = "") -> Figure:
     columns = list(found[names[0]])
     step = 0.8 / len(columns)
     with _style():
-        figure, axes = _new(1, 1, 1.3 + 0.3 * math.ceil(len(columns) / 3) + len(names) * max(0.3, 0.13 * len(columns)))
+        figure, axes = _new(1, 1, 1.3 + 0.3 * math.ceil(len(columns) / 3) + len(names) * max(0.3, 0.06 * len(columns)))
         ax = axes[0, 0]
         for number, (colour, marker, column) in enumerate(zip(cycle(COLOURS), cycle(RANK_MARKERS), columns)):
             places = [place + step * (number - (len(columns) - 1) / 2) for place in range(len(names))]
