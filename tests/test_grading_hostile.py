@@ -254,7 +254,8 @@ def limits():
         data=lambda: resource.setrlimit(resource.RLIMIT_DATA, (-1, -1)) is None,
         trace=lambda: libc.ptrace(16, FACTS["grader"], 0, 0) == 0,
         memfd=lambda: os.memfd_create("x"),
-        user=lambda: os.setuid(0) is None and os.getuid() == 0 and os.listdir("/root/") is None,
+        # Without namespaces it is the grader's user, root perhaps, and then root without a single capability.
+        user=lambda: os.setuid(0) is None and os.setgroups([]) is None,
         unshare=lambda: libc.unshare(0x10000000) == 0,
         mount=lambda: libc.mount(b"none", b"/tmp", b"tmpfs", 0, None) == 0,
         owner=lambda: __import__("fcntl").fcntl(0, 8, FACTS["grader"]) == 0,
