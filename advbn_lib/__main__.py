@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.command(options)
     except BrokenPipeError:  # whoever read the output has seen enough (| head); what is left to flush has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, DataError, CheckpointError, FloatingPointError, OSError) as error:
+    except (ValueError, DataError, CheckpointError, FloatingPointError, ImportError, OSError) as error:
         print(f"advbn_lib: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -114,7 +114,8 @@ def _list(options: argparse.Namespace) -> None:
         for preset in PRESETS:
             found = records.load(name, preset, options.records)
             if found:
-                old = [str(r.seed) for r in found if not is_current(prepare(name, preset, r.seed, "cpu"), r)]
+                code = prepare(name, preset, 0, "cpu").code  # the same for each seed, and slow to hash
+                old = [str(r.seed) for r in found if not is_current(prepare(name, preset, r.seed, "cpu"), r, code)]
                 remark = f"   (seeds {', '.join(old)}: by older code or configuration)" if old else ""
                 print(f"    {preset}: seeds {', '.join(str(r.seed) for r in found)}{remark}")
     for measurement in MEASUREMENTS.values():
@@ -130,6 +131,8 @@ def _run(options: argparse.Namespace) -> None:
             raise ValueError(f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     if options.train_only:
+        if options.experiment in MEASUREMENTS:
+            raise ValueError(f"{options.experiment} trains and measures in one: leave out --train-only")
         for seed in options.seed:
             train_method(_job(options, seed), options.again)
         return
@@ -187,7 +190,11 @@ def _report(options: argparse.Namespace) -> None:
         found = records.load(name, options.preset, options.records)
         if found:
             seeds = "seed" if len(found) == 1 else "seeds"
-            print(f"{name} ({options.preset}, n = {len(found)} {seeds})\n{_rows(found)}")
+            try:
+                rows = _rows(found)
+            except records.RecordError as error:  # of one experiment: the others are still worth reading
+                rows = f"    these records cannot be put together: {error}"
+            print(f"{name} ({options.preset}, n = {len(found)} {seeds})\n{rows}")
 
 
 def _claims(options: argparse.Namespace) -> None:

@@ -138,6 +138,11 @@ def read_claims(path: Path) -> list[Claim]:
 def _claim(row: dict[str, Any], before: Mapping[str, Claim]) -> Claim:
     """One entry; ``before``: those above it, which it may need."""
     sides = {side: Side(**row[side]) if row[side] else None for side in ("first", "second")}
+    words = [name for name in ("presets", "controls", "reported", "needs") if isinstance(row.get(name), str)]
+    if words:
+        raise ValueError(f"{', '.join(words)} must be a list: [{row[words[0]]}]")
+    if isinstance(row["above"], bool) or not isinstance(row["above"], int | float):
+        raise ValueError(f"above must be a number, got {row['above']!r}")
     lists = {name: tuple(row.get(name) or ()) for name in ("presets", "controls", "reported")}
     needs = row.get("needs") or []
     if missing := [name for name in needs if name not in before]:

@@ -6,6 +6,7 @@ same style and colours, and no meaning by colour alone.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,12 +106,22 @@ def gain_against_time(
         ax.set_xscale("log")
         times = [time for time, _ in points.values()]
         ax.set_xlim(min(times) / 1.25, max(times) * 1.35)
-        ticks = [tick for tick in (0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30) if min(times) / 1.25 < tick < max(times) * 1.35]
+        ticks = _round_numbers(min(times) / 1.25, max(times) * 1.35)
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
         _label(ax, xlabel, ylabel, title)
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def _round_numbers(low: float, high: float, most: int = 12) -> list[float]:
+    """Of 1, 1.5, 2, 3, 5, 7, 10 and so on those in between; fewer kinds where these are more than ``most``."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    for kinds in ((1, 1.5, 2, 3, 5, 7), (1, 3), (1,)):
+        found = [kind * 10.0**power for power in powers for kind in kinds if low < kind * 10.0**power < high]
+        if len(found) <= most:
+            break
+    return found
 
 
 @dataclass(frozen=True)
@@ -172,7 +183,9 @@ def masks_on_images(
         if len(masks) != len(images):
             raise ValueError(f"{name}: {len(masks)} masks for {len(images)} images")
     palette = class_colours(len(classes))
-    shown = sorted({int(k) for masks in rows.values() for mask in masks for k in mask.unique() if k < len(classes)})
+    shown = sorted(
+        {int(k) for masks in rows.values() for mask in masks for k in mask.unique() if 0 <= k < len(classes)}
+    )
     names = [(f"{number} {classes[number]}", palette[number]) for number in shown]
     side = WIDTH / len(images) * max(image.shape[1] / image.shape[2] for image in images)
     with _style():

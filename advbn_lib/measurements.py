@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -240,6 +242,9 @@ MEASUREMENTS = {
 def run_measurement(name: str, job: Job, again: bool = False) -> records.Record:
     """Measure, and write the record; unless ``again``, one of the same configuration and code is returned as it is.
 
+    What the measurement kept in a folder of its own, trained weights above all, is used again; but with ``again`` the folder is moved
+    aside, to a name that ends in ``.before``, and made anew.
+
     Raises:
         ValueError: no such measurement, or not at this preset.
     """
@@ -256,6 +261,8 @@ def run_measurement(name: str, job: Job, again: bool = False) -> records.Record:
         old = records.read(path)
         if old.config == config and old.code["hash"] == code:
             return old
+    if again:
+        _move_aside(job.runs_folder / name / f"{job.preset}-s{job.seed}")
     started = time.perf_counter()
     outcome = measurement.measure(job)
     wall = round(time.perf_counter() - started, 2)
@@ -270,6 +277,14 @@ def run_measurement(name: str, job: Job, again: bool = False) -> records.Record:
     )  # fmt: skip
     records.write(record, job.records_folder)
     return record
+
+
+def _move_aside(folder: Path) -> None:
+    """To a name of its own, in place of what was moved there before."""
+    if folder.exists():
+        before = folder.with_name(f"{folder.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
 
 
 def config_of(name: str, preset: str, seed: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import time
-import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from advbn_lib import records
+from advbn_lib import attack_agreement, records
 from advbn_lib.checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
 from advbn_lib.confusion import accuracy_of, balanced_accuracy_of, commonest_answer_of, confusion
 from advbn_lib.data.cifar10c import load_cifar10c, stored_checksum
 from advbn_lib.data.frost import frost_overlays
-from advbn_lib.data.images import DataError, ImageSet
+from advbn_lib.data.images import ImageSet
 from advbn_lib.data.loader import DeviceLoader
 from advbn_lib.data.sets import DATA_SETS, load_images
 from advbn_lib.data.shifts import Shift, parse_shift
@@ -152,20 +151,23 @@ def prepare(
 def run(job: Run, again: bool = False) -> records.Record:
     """Train, test, and write the record; from a checkpoint on if there is one.
 
-    If a record with the same key is there already, it is returned and nothing is run. If the training was done before with the
-    same key, its weights (``final.pt``) are taken and only tested: a new shift costs no new training. Unless ``again`` is True.
+    If there is a record of the same configuration, code and data, and of the same starting weights if those are in the runs folder,
+    it is returned and nothing is run. If the training was done before with the same key, its weights (``final.pt``) are taken and
+    only tested: a new shift costs no new training. Unless ``again`` is True.
+
+    Raises:
+        DataError: something that the tests need is missing. Said before the training, as the next.
+        ImportError: so is the library that another attack comes from.
     """
     path = records.path_of(job.experiment.name, job.preset_name, job.seed, job.records_folder)
-    tests = test_sets(job)
-    shifts, left_out = _usable(job.preset)
-    described = {images.name: _describe(images) for images in tests.values()} | left_out
+    shifts, tests = _shifts(job.preset), test_sets(job)
+    described = {images.name: _describe(images) for images in tests.values()}
     if job.preset.corruptions == "stored":
         described |= {"CIFAR-10-C, stored files": {"sha256": stored_checksum()}}
-    if path.exists() and not again:
-        _, weights = start_network(job)
-        training_key = _training_key(job, training_images(job), weights)
-        if (old := records.read(path)).key == _key(job, training_key, described):
-            return old
+    if isinstance(job.preset, ArenaPreset) and job.preset.beside.apgd_images:
+        attack_agreement.libraries()
+    if path.exists() and not again and _stands(job, old := records.read(path), described):
+        return old
     trained = train_method(job, again)
     started = time.perf_counter()
     main, *elsewhere = tests.values()
@@ -219,18 +221,23 @@ def test_sets(job: Run) -> dict[str, ImageSet]:
     return {images.name: images.to(job.device) for images in sets}
 
 
-def _usable(preset: Preset) -> tuple[list[Shift], dict[str, Any]]:
-    """The shifts that can be made here; those that cannot, for want of the frost pictures, are named in the record."""
+def _shifts(preset: Preset) -> list[Shift]:
+    """Those of the preset. A mean without frost would stand beside means with it, so all of them can be made, or there is an error."""
     shifts = [parse_shift(text) for text in preset.shifts]
-    frosted = [shift for shift in shifts if shift.name == "frost" and preset.corruptions == "computed"]
-    try:
-        if frosted:
-            frost_overlays()
-    except DataError as error:
-        warnings.warn(f"frost is left out, 14 of 15 corruptions remain: {error}", stacklevel=3)
-        left_out = {"shifts": [str(shift) for shift in frosted], "why": "the frost pictures are missing or damaged"}
-        return [shift for shift in shifts if shift not in frosted], {"left_out": left_out}
-    return shifts, {}
+    if preset.corruptions == "computed" and any(shift.name == "frost" for shift in shifts):
+        frost_overlays()
+    return shifts
+
+
+def _stands(job: Run, old: records.Record, described: dict[str, Any]) -> bool:
+    """Whether the record is what the run would write, as far as can be told without training what it starts from."""
+    train_set = training_images(job)
+    if not is_current(job, old) or old.data != {train_set.name: _describe(train_set), **described}:
+        return False
+    before = _begins_with(job)
+    if before and not (_other(job, before).folder / "final.pt").exists():
+        return True
+    return old.key == _key(job, _training_key(job, train_set, start_network(job)[1]), described)
 
 
 def _test_elsewhere(
@@ -299,13 +306,15 @@ def choose_device(name: str | None = None) -> torch.device:
     """The device of this name; without one, the GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: there is no such device here, or it is neither CPU nor CUDA.
     """
     gpu = torch.cuda.is_available()
     try:
         device = torch.device(name or ("cuda" if gpu else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"no device {name!r}: say cpu, cuda or cuda:NUMBER") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"runs are made on cpu or cuda, not on {name!r}: their records must be comparable")
     if device.type == "cuda" and (not gpu or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"no device {name!r}: torch sees {torch.cuda.device_count()} GPU(s) here")
     return device
@@ -346,15 +355,29 @@ def new_network(name: str, classes: int = 10) -> nn.Module:
     return CifarResNet(int(name.removeprefix("resnet")), num_classes=classes)
 
 
-def is_current(job: Run, record: records.Record) -> bool:
-    """Whether the record is of this configuration and this code (data and starting weights are compared when it runs)."""
-    return record.config == job.config and record.code["hash"] == job.code
+def is_current(job: Run, record: records.Record, code: str | None = None) -> bool:
+    """Whether the record is of this configuration and this code (data and starting weights are compared when it runs).
+
+    Args:
+        code: ``job.code``, if it is known: hashing takes a while.
+    """
+    return record.config == job.config and record.code["hash"] == (code or job.code)
 
 
 def _network_of(job: Run, name: str) -> nn.Module:
-    """As another experiment leaves it, at the same preset and seed; the preset decides for each by itself how long it trains."""
+    return train_method(_other(job, name)).method.model
+
+
+def _begins_with(job: Run) -> str | None:
+    """The experiment whose weights it starts from, if it starts from any."""
+    start = job.preset.pretraining_start if job.experiment.stage == "pretraining" else job.preset.start
+    return job.experiment.after or ("pretrain" if start == "pretrain" else None)
+
+
+def _other(job: Run, name: str) -> Run:
+    """Another experiment at the same preset and seed; the preset decides for each by itself how long it trains."""
     experiment, size = find(name, job.preset_name)
-    return train_method(dataclasses.replace(job, experiment=experiment, preset=size)).method.model
+    return dataclasses.replace(job, experiment=experiment, preset=size)
 
 
 def _train(job: Run, method: Method, train_set: ImageSet, key: str) -> tuple[History, TrainingCost]:

@@ -54,7 +54,8 @@ class Layout:
 
     @property
     def records(self) -> Path:
-        return self.root / "records"
+        """As the library finds them: ``ADVBN_RECORDS``, if it is set, is another folder."""
+        return Path(os.environ.get("ADVBN_RECORDS") or self.root / "records").resolve()
 
     def notebooks(self) -> list[Path]:
         return sorted((self.root / "notebooks").glob("*.ipynb"))
@@ -113,9 +114,9 @@ def sources(folder: Path, *patterns: str) -> list[Path]:
 def notebook_key(layout: Layout, notebook: Path, preset: str) -> str:
     """What the outputs of a notebook depend on, as one hash."""
     inputs = [notebook, layout.root / "constraints.txt", layout.root / "book" / "claims.yml"]  # one shows verdicts
-    inputs += sources(layout.root / "advbn_lib", "*.py")
-    inputs += sources(layout.records, "*.json")
-    return digest(inputs, layout.root, "executed-1", preset, sys.version)
+    inputs += sources(layout.root / "advbn_lib", "*.py", "*.json", "*.safetensors", "*.txt")
+    measured = digest(sources(layout.records, "*.json"), layout.records)
+    return digest(inputs, layout.root, "executed-1", preset, sys.version, measured)
 
 
 def stored_key(executed: Path) -> str | None:
@@ -239,8 +240,10 @@ def stage(layout: Layout, executed: list[Path]) -> None:
     Exercises become directives on the way (book/exercises.py); the notebooks of the repository stay plain Markdown.
     """
     root = layout.root
-    files = [root / "_config.yml", *sources(root / "book", "*"), *sources(layout.records, "*.json")]
+    files = [root / "_config.yml", *sources(root / "book", "*")]
     wanted = {file.relative_to(root): file.read_bytes() for file in files}
+    measured = sources(layout.records, "*.json")
+    wanted |= {Path("records") / file.relative_to(layout.records): file.read_bytes() for file in measured}
     wanted |= {Path("notebooks") / file.name: exercises.staged(file) for file in executed}
     wanted[Path("records/LIST")] = list_of_records(layout)
     for place, content in wanted.items():

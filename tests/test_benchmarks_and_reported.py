@@ -86,6 +86,19 @@ def test_what_is_repeatable_is_measured_once(tmp_path, counted, monkeypatch):
     assert run_measurement("appearance", job).config["steps"] == 3 and len(counted) == 5
 
 
+def test_what_is_measured_again_does_not_use_what_was_kept(tmp_path, counted):
+    job = Job("smoke", 0, CPU, tmp_path / "records", tmp_path / "runs")
+    own, other = job.runs_folder / "appearance" / "smoke-s0", job.runs_folder / "appearance" / "smoke-s1"
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+    for content in ("first", "second"):
+        own.mkdir(exist_ok=True)
+        (own / "final.pt").write_text(content)
+        run_measurement("appearance", job, again=True)
+        assert not own.exists() and (own.with_name("smoke-s0.before") / "final.pt").read_text() == content
+    assert other.exists()
+
+
 def test_speed_is_measured_anew_each_time_and_never_on_a_gpu(tmp_path, monkeypatch):
     seen = []
     stand_in = dataclasses.replace(

@@ -443,6 +443,21 @@ def test_notebooks_run_again_only_when_an_input_changes(layout):
     assert output_of(build.run_notebooks(layout, "cpu")).startswith("cpu ")
 
 
+def test_the_book_is_made_of_the_records_that_the_library_reads(layout, monkeypatch, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "afan").mkdir()
+    (elsewhere / "afan" / "cpu-s7.json").write_text("{}")
+    notebook, before = layout.notebooks()[0], {}
+    before["records"] = build.notebook_key(layout, notebook, "smoke")
+    layout.root.joinpath("advbn_lib/made.safetensors").write_bytes(b"weights")
+    before["weights"] = build.notebook_key(layout, notebook, "smoke")
+    monkeypatch.setenv("ADVBN_RECORDS", str(elsewhere))
+    assert len({*before.values(), build.notebook_key(layout, notebook, "smoke")}) == 3
+    build.stage(layout, [])
+    staged = {path.relative_to(layout.stage).as_posix() for path in layout.stage.glob("records/*/*")}
+    assert staged == {"records/afan/cpu-s7.json"} and b"cpu-s7" in (layout.stage / "records/LIST").read_bytes()
+
+
 def test_executed_notebooks_hold_no_trace_of_the_machine(layout):
     (executed,) = build.run_notebooks(layout, "smoke")
     text = executed.read_text()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from advbn_lib.data import cifar10c
-from advbn_lib.data.cifar10c import NAMES, cifar10c_available, load_cifar10c
+from advbn_lib.data.cifar10c import NAMES, cifar10c_available, load_cifar10c, stored_checksum
 from advbn_lib.data.images import DataError
 
 COUNT = 3  # images a severity
@@ -145,6 +145,13 @@ def test_an_archive_put_there_by_hand_is_enough(monkeypatch, tmp_path, archive):
     offered(monkeypatch, tmp_path / "data", archive)
     monkeypatch.setattr(cifar10c, "URL", "file:///nowhere")
     assert len(load_cifar10c("snow", 2, tmp_path / "data", per_severity=COUNT)) == COUNT
+
+
+def test_the_checksum_needs_the_files_or_the_archive(monkeypatch, tmp_path, archive):
+    with pytest.raises(DataError, match="gaussian_noise.npy is missing: unpack https://zenodo.org"):
+        stored_checksum(tmp_path)
+    offered(monkeypatch, tmp_path / "data", archive)
+    assert len(stored_checksum(tmp_path / "data")) == 64 and cifar10c_available(tmp_path / "data")
 
 
 def test_a_damaged_archive_is_refused_and_leaves_nothing(monkeypatch, tmp_path, archive):

@@ -133,6 +133,17 @@ def test_an_entry_without_its_fields_is_refused(tmp_path, text):
         claims.read_claims(path)
 
 
+@pytest.mark.parametrize(
+    "wrong, told", [({"presets": "cpu"}, "presets must be a list"), ({"controls": "advbn"}, "controls must be a list"),
+                    ({"above": None}, "above must be a number"), ({"above": "0"}, "above must be a number")],
+)  # fmt: skip
+def test_a_word_is_no_list_and_a_limit_is_a_number(tmp_path, wrong, told):
+    path = tmp_path / "claims.yml"
+    path.write_text(yaml.safe_dump([entry(**wrong)]))
+    with pytest.raises(records.RecordError, match=f"'a' is not a claim: {told}"):
+        claims.read_claims(path)
+
+
 def test_an_id_stands_once(tmp_path):
     path = tmp_path / "claims.yml"
     path.write_text(yaml.safe_dump([entry(), entry(), entry(id="b")]))

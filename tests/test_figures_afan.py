@@ -104,6 +104,19 @@ def test_gain_against_time_draws_points_and_intervals_and_numbers_them():
     assert ax.get_xlim()[0] < 2 and ax.get_xlim()[1] > 5.5
 
 
+def test_times_of_any_unit_have_ticks():
+    for times in ((60, 400), (0.01, 0.02), (1, 1.01), (1e-3, 1e4)):
+        points = {str(number): (time, SURE) for number, time in enumerate(times)}
+        ax = figures_afan.gain_against_time(points, xlabel="x", ylabel="y").axes[0]
+        assert 1 <= len(ax.get_xticks()) <= 12
+
+
+def test_numbers_of_no_class_are_unlabelled():
+    masks = {"truth": [torch.tensor([[0, -1], [255, -100]]).repeat_interleave(8, 0)]}
+    figure = figures_afan.masks_on_images([torch.rand(3, 16, 2)], masks, CLASSES)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"0 {CLASSES[0]}", "no label"]
+
+
 def test_gain_against_time_refuses_times_that_are_none():
     with pytest.raises(ValueError, match="no method"):
         figures_afan.gain_against_time({}, xlabel="x", ylabel="y")

@@ -22,7 +22,7 @@ from advbn_lib.data import DataError
 from advbn_lib.data.shifts import Shift
 from advbn_lib.evaluation import accuracy
 from advbn_lib.experiments import EXPERIMENTS, find
-from advbn_lib.presets import PRESETS, Preset, choose_preset
+from advbn_lib.presets import PRESETS, ArenaPreset, Preset, choose_preset
 from advbn_lib.provenance import state_checksum
 from advbn_lib.training import Schedule
 from advbn_lib.training_cost import KEPT_AS
@@ -70,7 +70,10 @@ def branches_of(experiment) -> set[str]:
     kind, two = type(experiment.method).__name__, {"clean", "adversarial"}
     if kind.startswith("Fused"):
         return two if kind == "FusedEnds" else two | {"fused"}
-    if kind not in ("Unchanged", "Random", "Mixed", "Adversarial", "AugmentedAdversarial") or experiment.stage != "fine_tuning":
+    if (
+        kind not in ("Unchanged", "Random", "Mixed", "Adversarial", "AugmentedAdversarial")
+        or experiment.stage != "fine_tuning"
+    ):
         return {"clean"}
     # The configurations say either when it is not as in the paper.
     return two if getattr(experiment.method, "dual_bn", True) and experiment.method.layer != "layer3" else {"clean"}
@@ -236,16 +239,42 @@ def test_an_answer_that_is_always_the_same_is_seen_as_such():
     assert balanced_accuracy_of(absent) == pytest.approx((3 / 4 + 1) / 2)
 
 
-def test_without_the_frost_pictures_frost_is_left_out_and_the_record_says_so(small, monkeypatch):
+def test_without_the_frost_pictures_nothing_is_trained_for_a_mean_that_needs_them(small, trainings, monkeypatch):
     def missing():
         raise DataError("no frost pictures here")
 
-    monkeypatch.setitem(PRESETS, "smoke", dataclasses.replace(SMALL, shifts=("clean", "frost-1", "contrast-3")))
     monkeypatch.setattr(running, "frost_overlays", missing)
-    with pytest.warns(UserWarning, match="14 of 15 corruptions remain: no frost pictures here"):
-        record = running.run(small("untouched"))
-    assert record.data["left_out"]["shifts"] == ["frost-1"]
-    assert list(record.metrics["accuracy"]["clean"]) == ["clean", "contrast-3"]
+    running.run(small("untouched"))  # no frost in it
+    trained = list(trainings)
+    monkeypatch.setitem(PRESETS, "smoke", dataclasses.replace(SMALL, shifts=("clean", "frost-1", "contrast-3")))
+    with pytest.raises(DataError, match="no frost pictures here"):
+        running.run(small("advbn"))
+    assert trainings == trained and not list(small("advbn").records_folder.glob("advbn/*"))
+
+
+def test_without_the_library_of_another_attack_nothing_is_trained_for_an_arena(small, trainings, monkeypatch):
+    def missing():
+        raise ImportError("install torchattacks")
+
+    fields = {field.name: getattr(SMALL, field.name) for field in dataclasses.fields(SMALL)}
+    monkeypatch.setitem(PRESETS, "smoke", ArenaPreset(**fields))
+    monkeypatch.setattr(running.attack_agreement, "libraries", missing)
+    with pytest.raises(ImportError, match="install torchattacks"):
+        running.run(small("advbn"))
+    assert trainings == []
+
+
+def test_a_record_stands_where_the_weights_that_it_starts_from_are_gone(small, trainings):
+    first = running.run(small("advbn"))
+    shutil.rmtree(small("advbn").runs_folder)
+    trainings.clear()
+    assert running.run(small("advbn")) == first and trainings == []
+
+
+@pytest.mark.parametrize("name", ["mps", "meta"])
+def test_other_devices_are_refused(small, name):
+    with pytest.raises(ValueError, match=f"not on '{name}'"):
+        running.choose_device(name)
 
 
 def test_train_only_keeps_the_weights_for_a_later_test(tmp_path, trainings):

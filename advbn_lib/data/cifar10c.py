@@ -73,8 +73,15 @@ def cifar10c_available(root: Path | None = None) -> bool:
 
 
 def stored_checksum(root: Path | None = None) -> str:
-    """SHA-256 over the files of the 15 corruptions and the labels: which CIFAR-10-C a record was tested on."""
-    files = [_path(root or data_root(), name) for name in (*CORRUPTIONS, "labels")]
+    """SHA-256 over the files of the 15 corruptions and the labels: which CIFAR-10-C a record was tested on.
+
+    Raises:
+        DataError: one of them is missing, and so is the archive that has it, or it is damaged.
+    """
+    root = root or data_root()
+    files = [_path(root, name) for name in (*CORRUPTIONS, "labels")]
+    if missing := [file for file in files if not file.is_file()]:
+        _unpack(root, missing[0], download=False)
     return hashlib.sha256("\n".join(sha256(file) for file in files).encode()).hexdigest()
 
 
