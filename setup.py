@@ -12,6 +12,7 @@ from setuptools import find_packages, setup
 packages = find_packages(include=["advbn_lib", "advbn_lib.*"])
 package_dir = {}
 package_data = {
+    "advbn_lib": ["*.json"],  # changes of the code that left the numbers as they were
     "advbn_lib.data": ["*.json", "*.txt"],  # painting histograms, ImageNet's classes
     "advbn_lib.generators": ["*.safetensors"],
 }

@@ -7,7 +7,7 @@ BatchNorm above the perturbed layer exists twice and everything else is shared.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -48,26 +48,49 @@ def add_second_batch_norm(model: nn.Module, names: Iterable[str] | None = None) 
         How many layers were replaced. 0 means that dual BN does not apply (as for ConvNeXt, which has LayerNorm).
     """
     wanted = None if names is None else set(names)
-    found = [
-        (name, module)
+    new = {
+        module: DualBatchNorm(module).train(module.training)
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and (wanted is None or name in wanted) and not _inside_dual(model, name)
-    ]
-    for name, module in found:
-        parent_name, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, DualBatchNorm(module).train(module.training))
-    return len(found)
+    }
+    replace_modules(model, new)
+    return len(new)
+
+
+def second_batch_norm(model: nn.Module, wanted: bool, names: Iterable[str] | None = None) -> bool:
+    """Give these layers a second set if it is wanted, and say whether any of them has one. Sets that are there already stay.
+
+    Raises:
+        ValueError: it is not wanted, and it is there.
+    """
+    within = None if names is None else set(names)
+    if wanted:
+        add_second_batch_norm(model, within)
+    found = any(
+        isinstance(m, DualBatchNorm) and (within is None or name in within) for name, m in model.named_modules()
+    )
+    if found and not wanted:
+        raise ValueError(
+            f"{type(model).__name__} has two BatchNorm sets already, so dual_bn=False would train both: take a fresh model, or "
+            "single_branch(model, 'clean')"
+        )
+    return found
 
 
 def single_branch(model: nn.Module, branch: Branch) -> nn.Module:
     """A copy of ``model`` that has one plain BatchNorm again wherever it had two: for deployment, or to save under the old keys."""
     _check(branch)
     model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, DualBatchNorm):
-            parent_name, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent_name), child, getattr(module, branch))
+    replace_modules(model, {m: getattr(m, branch) for m in model.modules() if isinstance(m, DualBatchNorm)})
     return model
+
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put ``new[module]`` wherever ``model`` has ``module``, in place: it may stand there under several names."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children gives each child once
+            if child in new:
+                setattr(parent, name, new[child])
 
 
 @contextmanager

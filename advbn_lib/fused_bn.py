@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from advbn_lib.dual_bn import BRANCHES, Branch, DualBatchNorm
+from advbn_lib.dual_bn import BRANCHES, Branch, DualBatchNorm, replace_modules
 from advbn_lib.statistics import INSTANCE, mean, std
 
 Mix = Literal["output", "parameters", "statistics", "affine"]
@@ -235,11 +235,9 @@ def fuse_batch_norms(model: nn.Module, fusion: Fusion = Fusion()) -> int:
             "take the model from before that"
         )
     handed, new = _Handed() if fusion.weights == "network" else None, {}
-    for name in [name for name, _ in model.named_modules() if name in found]:  # in the model's order
-        new[name] = FusedBatchNorm(found[name], fusion, handed, first=handed is None or not new)
-    for name, layer in new.items():  # all could be made: only now is the model touched
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+    for module in [module for name, module in model.named_modules() if name in found]:  # in the model's order
+        new[module] = FusedBatchNorm(module, fusion, handed, first=handed is None or not new)
+    replace_modules(model, new)  # all could be made: only now is the model touched
     if handed is not None:
         model.register_forward_hook(_forget_weights, always_call=True)
     return len(new)
@@ -251,13 +249,13 @@ def unfuse_batch_norms(model: nn.Module) -> int:
     Returns:
         How many there were.
     """
-    layers = fused_layers(model)
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
+    new = {}
+    for layer in fused_layers(model).values():
         dual = DualBatchNorm(layer.clean)
         dual.adversarial = layer.adversarial
-        setattr(model.get_submodule(parent), child, dual.train(layer.training))
-    return len(layers)
+        new[layer] = dual.train(layer.training)
+    replace_modules(model, new)
+    return len(new)
 
 
 def fused_layers(model: nn.Module) -> dict[str, FusedBatchNorm]:

@@ -22,6 +22,7 @@ from advbn_lib import (
     mixing_bench,
     mixing_methods,
     records,
+    same_numbers,
     segmentation_bench,
     smiles_bench,
     step_cost,
@@ -259,7 +260,7 @@ def run_measurement(name: str, job: Job, again: bool = False) -> records.Record:
     path = records.path_of(name, job.preset, job.seed, job.records_folder)
     if measurement.repeatable and not again and path.exists():
         old = records.read(path)
-        if old.config == config and old.code["hash"] == code:
+        if old.config == config and same_numbers.today(old.code["hash"]) == code:
             return old
     if again:
         _move_aside(job.runs_folder / name / f"{job.preset}-s{job.seed}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from advbn_lib import attack_agreement, records
+from advbn_lib import attack_agreement, records, same_numbers
 from advbn_lib.checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
 from advbn_lib.confusion import accuracy_of, balanced_accuracy_of, commonest_answer_of, confusion
 from advbn_lib.data.cifar10c import load_cifar10c, stored_checksum
@@ -234,10 +234,12 @@ def _stands(job: Run, old: records.Record, described: dict[str, Any]) -> bool:
     train_set = training_images(job)
     if not is_current(job, old) or old.data != {train_set.name: _describe(train_set), **described}:
         return False
+    if old.hardware.get("precision") != str(job.precision).removeprefix("torch."):
+        return False
     before = _begins_with(job)
     if before and not (_other(job, before).folder / "final.pt").exists():
         return True
-    return old.key == _key(job, _training_key(job, train_set, start_network(job)[1]), described)
+    return old.weights == start_network(job)[1]
 
 
 def _test_elsewhere(
@@ -361,7 +363,7 @@ def is_current(job: Run, record: records.Record, code: str | None = None) -> boo
     Args:
         code: ``job.code``, if it is known: hashing takes a while.
     """
-    return record.config == job.config and record.code["hash"] == (code or job.code)
+    return record.config == job.config and same_numbers.today(record.code["hash"]) == (code or job.code)
 
 
 def _network_of(job: Run, name: str) -> nn.Module:

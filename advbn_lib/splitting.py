@@ -1,7 +1,8 @@
 """Cut a classifier in two at a named layer, so that ``tail(features(x)) == model(x)``.
 
 The model's forward is traced once with :mod:`torch.fx` in each mode. The two halves are functions that run on the model
-itself: training a half trains the model, and a layer that is replaced later (by a dual BatchNorm, say) is used from then on.
+itself: training a half trains the model, and a layer without parts that is replaced later (a BatchNorm by a dual one, say) is used
+from then on. A block made of layers is taken apart when it is traced: replace blocks before the cut, and hang hooks on layers.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def split_at(model: nn.Module, layer: str, example: Tensor | None = None) -> Spl
             that a timm model declares) if None.
 
     A decision that the forward pass takes in Python, such as ``if torch.rand(1) < p``, is taken once, when the model is traced,
-    unless it stands in a module of its own (as torchvision's and timm's stochastic depth do).
+    unless it stands in a module of its own (as torchvision's and timm's stochastic depth do). Hooks of blocks (``"layer3"``) are not
+    run by the halves, hooks of layers (``"layer3.0.conv1"``) are. Save ``model.state_dict()``: a traced method cannot be pickled.
 
     Raises:
         SplitError: unknown layer (near names are listed), a layer that is not the only way through or runs more than once,

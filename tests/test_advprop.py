@@ -289,6 +289,14 @@ def test_a_network_without_batch_norm_is_warned_of():
         AdvProp(model, MEAN, STD, dual_bn=False)
 
 
+def test_a_model_that_has_an_auxiliary_set_keeps_it_or_is_refused():
+    model = tiny_network()
+    AdvProp(model, MEAN, STD)
+    assert AdvProp(model, MEAN, STD).dual_bn
+    with pytest.raises(ValueError, match="two BatchNorm sets already"):
+        AdvProp(model, MEAN, STD, dual_bn=False)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -7,7 +7,8 @@ import torchvision
 from conftest import batch, copy_of_state, differing, tiny_network
 from torch import nn
 
-from advbn_lib import DualBatchNorm, add_second_batch_norm, single_branch, use_branch
+from advbn_lib import AdvBN, DualBatchNorm, add_second_batch_norm, single_branch, use_branch
+from advbn_lib.fused_bn import fuse_batch_norms, fused_layers, unfuse_batch_norms
 
 
 def dual_network() -> nn.Module:
@@ -102,6 +103,44 @@ def test_adding_twice_does_nothing_more():
     before = copy_of_state(model)
     assert add_second_batch_norm(model) == 0
     assert differing(before, copy_of_state(model)) == []
+
+
+class TwoNames(nn.Module):
+    """Its BatchNorms stand in it by themselves and in a sequence, as in many networks for domain adaptation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.features = nn.Sequential(self.conv1, self.bn1, nn.ReLU(), self.conv2, self.bn2)
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.fc(self.features(x).relu().mean((2, 3)))
+
+
+def test_a_batch_norm_with_two_names_is_replaced_under_both():
+    model = TwoNames()
+    images = batch()[0]
+    assert add_second_batch_norm(model, ["bn2"]) == 1
+    assert model.features[4] is model.bn2 is duals(model)[0] and isinstance(model.features[1], nn.BatchNorm2d)
+    nn.init.constant_(model.bn2.adversarial.bias, 1.0)
+    with use_branch(model.eval(), "adversarial"):
+        adversarial = model(images)
+    assert not torch.equal(model(images), adversarial)
+    plain = single_branch(model, "adversarial")
+    assert duals(plain) == [] and torch.equal(plain(images), adversarial)
+    assert fuse_batch_norms(model) == 2 and model.features[4] is model.bn2 in fused_layers(model).values()
+    assert unfuse_batch_norms(model) == 2 and model.features[4] is model.bn2
+    with use_branch(model, "adversarial"):
+        assert torch.equal(model(images), adversarial)
+
+
+def test_both_halves_and_the_model_use_the_same_set_of_a_batch_norm_with_two_names():
+    method = AdvBN(TwoNames(), "features.2").eval()
+    nn.init.constant_(method.model.bn2.adversarial.bias, 1.0)
+    images = batch()[0]
+    assert torch.allclose(method.predictions(images)["adversarial"], method.predict(images, "adversarial"))
 
 
 def test_modes_are_kept():

@@ -10,7 +10,7 @@ import torchvision
 from conftest import assert_same_traces, batch, copy_of_state, differing, tiny_network, traces
 from torch import nn
 
-from advbn_lib import AdvBN, CleanFineTuning, PlainTraining, RandomStatistics, SplitError, use_branch
+from advbn_lib import AdvBN, CleanFineTuning, PlainTraining, RandomStatistics, SplitError, single_branch, use_branch
 from advbn_lib.methods import MixedStatistics
 from advbn_lib.statistics import INSTANCE, mean, std
 
@@ -328,6 +328,18 @@ def test_a_network_without_batch_norm_runs_and_says_that_dual_bn_does_not_apply(
     with pytest.warns(UserWarning, match="ConvNeXt has no BatchNorm above 'features.1': dual BN does not apply"):
         method = AdvBN(torchvision.models.convnext_tiny(num_classes=10), "features.1")
     assert method.branches == ("clean",)
+
+
+def test_a_second_method_on_a_model_finds_both_sets():
+    model = tiny_network()
+    AdvBN(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = AdvBN(model)  # as when a cell of a notebook is run twice
+    assert second.dual_bn and second.branches == ("clean", "adversarial")
+    with pytest.raises(ValueError, match=r"two BatchNorm sets already.*single_branch\(model, 'clean'\)"):
+        AdvBN(model, dual_bn=False)
+    assert not AdvBN(single_branch(model, "clean"), dual_bn=False).dual_bn
 
 
 def test_says_when_a_batch_norm_would_undo_the_perturbation():

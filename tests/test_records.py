@@ -15,7 +15,7 @@ from advbn_book import wording
 from conftest import ROOT
 from scipy import stats
 
-from advbn_lib import mixing_bench, provenance, records
+from advbn_lib import mixing_bench, provenance, records, same_numbers
 from advbn_lib.evaluation import family_means, shift_means
 from advbn_lib.experiments import EXPERIMENTS, find
 from advbn_lib.measurements import MEASUREMENTS, config_of
@@ -361,24 +361,6 @@ def test_a_committed_record_can_be_read_and_fits_itself_and_its_configuration(pa
     assert faults(found) == []
 
 
-# Code whose change left the numbers as they were, old hash to new. Each pair was tried: one seed run again gave the same metrics, curves
-# and weights bit for bit. Without an entry here, changed code makes a record old: then run it again.
-_REFUSES = "since then tasks refuse targets that no data set of the book has; segmentation_plain and detection_plain, seed 1, run again"
-SAME_NUMBERS = {
-    "22b2ec53a05a29607ab6ea976f27ccda954f628c4f0b7eeb49aa5854d1497bf9": (
-        "e29f85be4a229eeef0d4224f96b858b143a86a70c546aae48b3381a3c0929527", _REFUSES,
-    ),
-    "0232ecdb964bddcee3e522dc4c9f22fad76c96b47181babb6426f15d9cab75c1": (
-        "69c5acf290f436a29b687782951ee33de03a966711deb70e8db63525228ad57a", _REFUSES,
-    ),
-}  # fmt: skip
-
-
-def code_of(found: Record) -> str:
-    """The hash of the code that the record is of: that of today, where the numbers are known to be the same."""
-    return SAME_NUMBERS.get(found.code["hash"], (found.code["hash"],))[0]
-
-
 @functools.cache
 def code_today(experiment: str, preset: str) -> str:
     if experiment in EXPERIMENTS:
@@ -393,16 +375,30 @@ def test_records_are_of_the_code_that_is_here(monkeypatch):
     old = {
         f"{path.parent.name}/{path.stem}"
         for path in COMMITTED
-        if code_of(found := records.read(path)) != code_today(found.experiment, found.preset)
+        if same_numbers.today((found := records.read(path)).code["hash"]) != code_today(found.experiment, found.preset)
     }
-    assert old == set(), "run these again, or show in SAME_NUMBERS that their numbers are the same"
+    assert old == set(), "run these again, or show in advbn_lib/same_numbers.json that their numbers are the same"
+
+
+def test_changes_that_left_the_numbers_say_how_that_was_shown_and_lead_to_code_of_today():
+    changes = json.loads(Path(same_numbers.__file__).with_suffix(".json").read_text())
+    assert all(change["changed"] and change["shown"] for change in changes)
+    pairs = [pair for change in changes for pair in change["before_and_after"]]
+    assert len({before for before, _ in pairs}) == len(pairs) and all(
+        len(word) == 64 for pair in pairs for word in pair
+    )
+    known = {code_today(found.experiment, found.preset) for found in map(records.read, COMMITTED)}
+    assert {same_numbers.today(before) for before, _ in pairs} <= known
+    assert same_numbers.today("another") == "another"
 
 
 def test_seeds_of_one_experiment_were_run_by_the_same_code_and_threads():
     by_name: dict[tuple[str, str], set] = {}
     for path in COMMITTED:
         found = records.read(path)
-        by_name.setdefault((found.experiment, found.preset), set()).add((code_of(found), found.hardware["threads"]))
+        by_name.setdefault((found.experiment, found.preset), set()).add(
+            (same_numbers.today(found.code["hash"]), found.hardware["threads"])
+        )
     assert {name: ran for name, ran in by_name.items() if len(ran) > 1} == {}
 
 

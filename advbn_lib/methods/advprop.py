@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advbn_lib.ascent import Ascended, Steps, ascend
-from advbn_lib.dual_bn import add_second_batch_norm, use_branch
+from advbn_lib.dual_bn import second_batch_norm, use_branch
 from advbn_lib.methods.advbn import cross_entropies
 from advbn_lib.methods.base import Losses, Method
 from advbn_lib.modes import evaluating
@@ -66,7 +66,7 @@ class AdvProp(Method):
         super().__init__(model)  # bad values were refused before the model is touched
         self.ball, self.steps, self.attack_mode = ball, climb, attack_mode
         self.weight, self.clean_weight = weight, clean_weight
-        self.dual_bn = dual_bn and add_second_batch_norm(model) > 0
+        self.dual_bn = second_batch_norm(model, dual_bn)
         if dual_bn and not self.dual_bn:
             warnings.warn(
                 f"{type(model).__name__} has no BatchNorm: there is no auxiliary set, both kinds share every layer",

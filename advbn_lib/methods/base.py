@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advbn_lib.dual_bn import Branch, add_second_batch_norm, use_branch
+from advbn_lib.dual_bn import Branch, second_batch_norm, use_branch
 from advbn_lib.modes import evaluating
 from advbn_lib.perturbations import ChannelStatistics
 from advbn_lib.splitting import split_at
@@ -78,6 +78,8 @@ class PerturbedStatistics(AboveTheCut):
     Args:
         model: a classifier. Its BatchNorms above ``layer`` are replaced, in place, by
             :class:`~advbn_lib.dual_bn.DualBatchNorm` (unless ``dual_bn`` is False); ``model`` alone then uses the clean ones.
+            Those that are dual already, from a method before, stay as they are: for a new start take a new model. Make the
+            optimizer after the method, from its ``trainable_parameters``: the second set is new.
         layer: whose output is perturbed.
         eps: how far the factors on mean and standard deviation may go from 1.
         dual_bn: a second BatchNorm set for the perturbed features.
@@ -86,7 +88,8 @@ class PerturbedStatistics(AboveTheCut):
         example: a batch of images, for models that do not accept 64x64 (see :func:`~advbn_lib.splitting.split_at`).
 
     Raises:
-        SplitError, ValueError: see :func:`~advbn_lib.splitting.split_at`, :class:`~advbn_lib.perturbations.ChannelStatistics`.
+        SplitError, ValueError: see :func:`~advbn_lib.splitting.split_at`, :class:`~advbn_lib.perturbations.ChannelStatistics`,
+            :func:`~advbn_lib.dual_bn.second_batch_norm`.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class PerturbedStatistics(AboveTheCut):
         super().__init__(model, layer, example)
         clamp = self.split.nonnegative if clamp_at_zero is None else clamp_at_zero
         self.perturbation = ChannelStatistics(perturbation.eps, clamp, per_image)
-        self.dual_bn = dual_bn and add_second_batch_norm(model, self.split.tail_modules) > 0
+        self.dual_bn = second_batch_norm(model, dual_bn, self.split.tail_modules)
         if dual_bn and not self.dual_bn:
             _warn(
                 f"{type(model).__name__} has no BatchNorm above {layer!r}: dual BN does not apply, both branches share every layer"
