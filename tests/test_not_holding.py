@@ -126,6 +126,7 @@ def test_the_ledger_shows_verdicts_and_folds_what_is_behind_them(ledger):
         assert said in behind and said not in table
     html = (ledger / "_build" / "html" / "index.html").read_text()
     assert re.search(r'class="[^"]*dropdown', html) and "<dl" in html
+    assert 'href="all.html#record-advbn-cpu"' in html, "effects lead to their records"
 
 
 def test_nothing_tested_and_nothing_failing_are_said_in_words(ledger):

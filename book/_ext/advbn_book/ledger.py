@@ -53,11 +53,21 @@ class Ledger(SphinxDirective):
             depend_on_records(self.env, folder, records.load(side.experiment, preset, folder))
         return finding
 
+    def linked(self, finding: claims.Finding, words: str) -> nodes.Node:
+        """Words that lead to the records of the claim's first side, if there are any."""
+        if finding.effect is None:
+            return nodes.inline("", words)
+        target = f"record-{finding.claim.first.experiment}-{finding.preset}"
+        return addnodes.pending_xref(
+            "", nodes.inline("", words), refdomain="std", reftype="ref", refexplicit=True, refwarn=True, reftarget=target,
+            refdoc=self.env.docname,
+        )  # fmt: skip
+
 
 class ClaimsLedger(Ledger):
     """``{claims-ledger} PRESET``: the claims in ``book/claims.yml`` that are decided at that preset.
 
-    A narrow table with the verdicts, and below it a box that opens, with what is behind them.
+    A narrow table with the verdicts, each effect a link to its records, and below it a box that opens, with what is behind them.
     """
 
     required_arguments = 1
@@ -68,7 +78,13 @@ class ClaimsLedger(Ledger):
         machines = {one.machine for finding in findings for one in finding.cost}
         # the verdict early: a phone shows two columns
         rows = [
-            [finding.claim.says, finding.in_words, effect(finding), limit(finding.claim), cost(finding, machines)]
+            [
+                finding.claim.says,
+                finding.in_words,
+                self.linked(finding, effect(finding)),
+                limit(finding.claim),
+                cost(finding, machines),
+            ]
             for finding in findings
         ]
         table = table_of(["claim", "verdict", EFFECT, "holds if above", "cost"], rows)
@@ -105,11 +121,7 @@ class ClaimsNotHolding(Ledger):
 
     def row(self, finding: claims.Finding) -> list:
         claim = finding.claim
-        target = f"record-{claim.first.experiment}-{finding.preset}"
-        link = addnodes.pending_xref(
-            "", nodes.inline("", f"{effect(finding)}, {finding.preset} scale"), refdomain="std", reftype="ref", refexplicit=True, refwarn=True,
-            reftarget=target, refdoc=self.env.docname,
-        )  # fmt: skip
+        link = self.linked(finding, f"{effect(finding)}, {finding.preset} scale")
         # the first paper's name is in the heading above
         under_its_name = self.options.get("papers", "").split(",")[0].strip() == claim.paper
         says = claim.says if under_its_name else f"{claim.paper}: {claim.says}"
