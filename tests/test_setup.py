@@ -127,6 +127,7 @@ def test_wheel_carries_the_records_and_nothing_else(tmp_path):
     sources += [file.relative_to(ROOT).as_posix() for file in data if file.suffix in (".json", ".txt")]
     networks = (ROOT / "advbn_lib" / "generators").glob("*.safetensors")
     sources += [file.relative_to(ROOT).as_posix() for file in networks]
+    sources.append("advbn_lib/same_numbers.json")
     assert sorted(names) == sorted([*sources, "advbn_lib/_records/advbn/cpu-s0.json"])
 
 
