@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterable
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,26 @@ from typing import Any
 import torch
 
 PACKAGE = Path(__file__).resolve().parent
-WITHOUT_INFLUENCE = ("advbn_lib.checkpoints", "advbn_lib.files", "advbn_lib.progress")  # on the numbers of a run
+WITHOUT_INFLUENCE = tuple(f"advbn_lib.{name}" for name in ("checkpoints", "files", "progress", "provenance"))  # on the numbers
 
 
 def code_hash(modules: Iterable[str]) -> str:
     """Hash of these modules of the library (``"advbn_lib.training"``) and of all that they import from it.
 
     Comments, docstrings and blank lines do not count: explaining the code better does not make a run old. Nor do modules that
-    only write files or draw bars.
+    only write files, draw bars or say where numbers come from.
     """
-    seen: dict[str, Path] = {}
+    seen: dict[str, str] = {}
     to_visit = list(modules)
     while to_visit:
         name = to_visit.pop()
         if name not in seen and name not in WITHOUT_INFLUENCE:
-            seen[name] = _file_of(name)
-            to_visit += _imports(seen[name])
+            source = _file_of(name).read_text(encoding="utf-8")
+            seen[name] = _bare(source)
+            to_visit += _imports(source)
     digest = hashlib.sha256()
     for name in sorted(seen):
-        digest.update(f"{name}\n{_bare(seen[name].read_text(encoding='utf-8'))}\n".encode())
+        digest.update(f"{name}\n{seen[name]}\n".encode())
     return digest.hexdigest()
 
 
@@ -97,12 +99,13 @@ def _file_of(name: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def _imports(path: Path) -> list[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    froms = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-    return [module for module in froms if module.startswith("advbn_lib.")]
+@cache  # by the text, not the file: what an editor changes is read anew
+def _imports(source: str) -> tuple[str, ...]:
+    froms = [node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module]
+    return tuple(module for module in froms if module.startswith("advbn_lib."))
 
 
+@cache
 def _bare(source: str) -> str:
     """The source without comments, docstrings and blank lines; the same on every Python version."""
     lines = source.splitlines()

@@ -368,10 +368,8 @@ def code_today(experiment: str, preset: str) -> str:
     return provenance.code_hash(MEASUREMENTS[experiment].modules)
 
 
-def test_records_are_of_the_code_that_is_here(monkeypatch):
+def test_records_are_of_the_code_that_is_here():
     """Else a record that is lost and made again stands beside seeds that another code made."""
-    for name in ("_imports", "_bare"):  # each file is read once, not once for each experiment
-        monkeypatch.setattr(provenance, name, functools.cache(getattr(provenance, name)))
     old = {
         f"{path.parent.name}/{path.stem}"
         for path in COMMITTED
