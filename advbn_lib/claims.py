@@ -13,6 +13,7 @@ from typing import Any, Literal
 from advbn_lib import plan, records, reported
 from advbn_lib.experiments import EXPERIMENTS
 from advbn_lib.measurements import MEASUREMENTS
+from advbn_lib.presets import PRESETS
 from advbn_lib.records import Estimate, Record, RecordError
 
 Verdict = Literal[
@@ -150,6 +151,12 @@ def _claim(row: dict[str, Any], before: Mapping[str, Claim]) -> Claim:
     claim = Claim(**{**row, **sides, **lists, "needs": tuple(before[name] for name in needs)})
     if claim.first is None:
         raise ValueError("it has no first side")
+    for side in claim.sides:  # else a slip of the pen reads as "not run"
+        if side.experiment not in EXPERIMENTS and side.experiment not in MEASUREMENTS:
+            raise ValueError(f"{side.experiment!r} is no experiment; python -m advbn_lib list has all")
+        known = MEASUREMENTS[side.experiment].presets if side.experiment in MEASUREMENTS else PRESETS
+        if elsewhere := [preset for preset in claim.presets if preset not in known]:
+            raise ValueError(f"{side.experiment} has no preset {', '.join(elsewhere)}")
     if not (claim.presets and claim.protocol and claim.controls):
         raise ValueError("it must have presets, a protocol and controls")
     if not (claim.reported or claim.reported_why):

@@ -268,6 +268,8 @@ def entry(**changed) -> dict:
         ({"written": "later"}, "before or after"),
         ({"mood": "good"}, "mood"),
         ({"presets": []}, "presets"),
+        ({"presets": ["cqu"]}, "advbn has no preset cqu"),
+        ({"second": {"experiment": "advnb", "metric": METRIC}}, "'advnb' is no experiment"),
     ],
 )
 def test_an_entry_says_all_that_is_asked(tmp_path, changed, message):
