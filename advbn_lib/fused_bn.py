@@ -292,9 +292,11 @@ def force_weights(model: nn.Module, weights: float | Tensor | Mapping[str, Tenso
             as :func:`recorded_weights` gives. An attack on a model with forced weights is weaker than one on the model itself.
 
     Raises:
-        ValueError: a weight is out of [0,1], or the mapping's names are not the model's layers.
+        ValueError: a weight is out of [0,1], the mapping's names are not the model's layers, or none of its layers fuses.
     """
     layers = fused_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layer that fuses: call fuse_batch_norms on it first")
     if isinstance(weights, Mapping) and weights.keys() != layers.keys():
         raise ValueError(f"weights are for {sorted(weights)}, but the layers that fuse are {sorted(layers)}")
     if not isinstance(weights, Mapping):

@@ -249,6 +249,18 @@ def test_the_joint_loss_is_the_sum():
 # All stages
 
 
+@pytest.mark.parametrize("wrong", [8 / 255, torch.tensor([0.0, 8 / 255]), -1.0, 256.0], ids=str)
+def test_strengths_in_other_units_are_refused(wrong):
+    method, (x, y) = made(AFA), sample()
+    with pytest.raises(ValueError, match="write 8 for 8/255"):
+        method.perturb(x, y, strengths=wrong)
+
+
+def test_a_strength_of_zero_is_no_attack():
+    method, (x, y) = made(AFA), sample()
+    torch.testing.assert_close(method.perturb(x, y, strengths=0.0), x)
+
+
 @of_stages
 def test_predictions_are_those_of_the_branches(kind):
     method, (x, _) = made(kind).eval(), sample()

@@ -419,6 +419,11 @@ def test_bad_weights_are_refused(wrong):
         pytest.fail("the block must not be entered")
 
 
+def test_a_model_that_does_not_fuse_cannot_be_forced_to():
+    with pytest.raises(ValueError, match="no layer that fuses"), force_weights(nn.BatchNorm2d(3), 0.5):
+        pytest.fail("the block must not be entered")
+
+
 def test_weights_for_other_layers_or_samples_are_refused():
     model = network()
     with pytest.raises(ValueError, match="but the layers that fuse are"), force_weights(model, {"bn1": torch.ones(8)}):

@@ -69,8 +69,13 @@ class FusedMethod(Method):
 
         Args:
             strengths: of each image (N,), or one for all, in 1/255; ``eps`` if None.
+
+        Raises:
+            ValueError: the largest of the strengths is out of its range, or looks like [0,1] units.
         """
         strengths = self.eps if strengths is None else strengths
+        if strongest := float(torch.as_tensor(strengths).max()):  # 0 alone is no attack, and may be asked for
+            radius(strongest)
         with evaluating(self.model):
             return self.attack.perturb(lambda x: self.predict(x, branch), images, labels, strengths * UNIT)
 
