@@ -249,7 +249,7 @@ check("break_it.experts")
 #
 # 1. Before you believe that a defence is robust, which three things would you look at?
 # 2. Accuracy should never rise when the radius grows, and a random start should not be better than a gradient. Why are these useful checks on an *attack*?
-# 3. The predictor of [chapter 9](https://github.com/advbn-book/advbn-book/blob/HEAD/notebooks/09_pixels.ipynb) chooses between sets of BatchNorm by the image. In an attack on it, must the gradient flow through the predictor? What does this book's evaluation do about it?
+# 3. The predictor of [chapter 10](https://github.com/advbn-book/advbn-book/blob/HEAD/notebooks/10_afa.ipynb) says for each image how to mix two sets of BatchNorm. In an attack on it, must the gradient flow through the predictor? What does this book's evaluation do about it?
 # 4. Is a defence whose code is secret robust? How would you attack it?
 
 # %% tags=["instructor"]

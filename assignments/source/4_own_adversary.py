@@ -116,7 +116,7 @@ check("own_adversary.pixel_ball")
 # **The gain.** Two networks are trained from the same weights, on the same images in the same order, clean and perturbed half and half. One sees what the *adversary* finds in your set. The other sees *noise as large*: each number of the delta goes
 # as far from the start as the adversary moved it, but in a random direction, and the whole is projected. The gain is the difference of the two accuracies under the lamps. So it measures the adversary, and not the set alone.
 #
-# **The verdict.** One seed proves nothing. We take five, and demand that the mean less the standard deviation (the unbiased one) is **above 8 points**. On clean images each network must still get 85 % right.
+# **The verdict.** One seed proves nothing. We take five, and demand that the mean less the standard deviation (the unbiased one) is **above 8 points**. On clean images each network that was trained against the adversary must still get 85 % right.
 #
 # Write that number.
 
