@@ -7,9 +7,11 @@
 """
 
 from advbn_lib.ascent import Steps, ascend
+from advbn_lib.attacks import PGD
 from advbn_lib.dual_bn import DualBatchNorm, add_second_batch_norm, single_branch, use_branch
 from advbn_lib.feature_ball import FeatureBall
 from advbn_lib.methods import AFAN, AdvBN, CleanFineTuning, Losses, PlainTraining, RandomStatistics, Site
+from advbn_lib.methods.afa import AFA, EndPoints
 from advbn_lib.perturbations import ChannelStatistics
 from advbn_lib.pixel_ball import PixelBall
 from advbn_lib.splitting import SplitError, split_at
@@ -17,7 +19,7 @@ from advbn_lib.tasks import Classification
 
 __version__ = "0.1.0"
 __all__ = [
-    "AFAN", "AdvBN", "ChannelStatistics", "Classification", "CleanFineTuning", "DualBatchNorm", "FeatureBall", "Losses", "PixelBall",
-    "PlainTraining", "RandomStatistics", "Site", "SplitError", "Steps", "add_second_batch_norm", "ascend", "single_branch", "split_at",
-    "use_branch",
+    "AFA", "AFAN", "AdvBN", "ChannelStatistics", "Classification", "CleanFineTuning", "DualBatchNorm", "EndPoints", "FeatureBall",
+    "Losses", "PGD", "PixelBall", "PlainTraining", "RandomStatistics", "Site", "SplitError", "Steps", "add_second_batch_norm", "ascend",
+    "single_branch", "split_at", "use_branch",
 ]  # fmt: skip

@@ -30,6 +30,11 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.masked_fill(right, -torch.inf).amax(1) - logits.gather(1, labels[:, None])[:, 0]
 
 
+def training_step(steps: int) -> float:
+    """Length of one of so many steps of a training's attack, as a share of the radius: 1.25 / steps, as in the released code of OAT."""
+    return 1.25 / steps
+
+
 LOSSES = {"cross_entropy": cross_entropies, "margin": margins}
 
 

@@ -1,4 +1,8 @@
-"""Methods with their settings, as frozen dataclasses that can be written into a record; each builds its method."""
+"""Methods with their settings, as frozen dataclasses that can be written into a record; each builds its method.
+
+A record's hash does not cover this module, which imports every method: settings are fields, and a formula belongs to the module
+of the method that it is for.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,13 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from advbn_lib.attacks import PGD
+from advbn_lib.attacks import PGD, training_step
 from advbn_lib.data.images import ImageSet
 from advbn_lib.fused_bn import Fusion, Mix
 from advbn_lib.methods.advbn import AdvBN
 from advbn_lib.methods.advprop import AdvProp
 from advbn_lib.methods.afa import AFA, EndPoints, JointAFA
-from advbn_lib.methods.afan import AFAN, FeatureAugmentation, Site
+from advbn_lib.methods.afan import AFAN, FeatureAugmentation, Site, even_weight
 from advbn_lib.methods.augmix import AugMix, AugMixAdvBN, Mixing
 from advbn_lib.methods.base import Method
 from advbn_lib.methods.baselines import CleanFineTuning, PlainTraining, RandomStatistics, UnchangedStatistics
@@ -162,7 +166,7 @@ class UnchangedFeatureMaps:
 
     def site(self, model: nn.Module) -> Site:
         """The place in this network."""
-        layer, weight = layer_of_stage(model, self.stage), 0.5 / (self.points - 1)
+        layer, weight = layer_of_stage(model, self.stage), even_weight(self.points)
         return Site(layer, self.gamma, self.steps, self.points, self.mix, self.over, weight)
 
 
@@ -212,8 +216,8 @@ class Attacked:
 
     Args:
         eps: the radius (AFA: the largest), l-infinity, in 1/255.
-        steps: of the attack, from a random start. A preset may set it, see :class:`~advbn_lib.presets.AttackPreset`. One is
-            1.25 / steps of the radius long, as in the released code of OAT.
+        steps: of the attack, from a random start. A preset may set it, see :class:`~advbn_lib.presets.AttackPreset`. How long
+            one is: :func:`~advbn_lib.attacks.training_step`.
     """
 
     trains: ClassVar[type[Method]] = PGDTraining
@@ -226,7 +230,7 @@ class Attacked:
 
     def attack(self, images: ImageSet) -> PGD:
         """On networks that are trained on ``images``."""
-        return PGD(images.mean, images.std, self.steps, 1.25 / self.steps)
+        return PGD(images.mean, images.std, self.steps, training_step(self.steps))
 
 
 @dataclass(frozen=True)

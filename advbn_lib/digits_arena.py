@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from advbn_lib.attacks import PGD
+from advbn_lib.attacks import PGD, training_step
 from advbn_lib.checkpoints import read_checkpoint, save_checkpoint
 from advbn_lib.data.classes import require_all_classes
 from advbn_lib.data.colour_mnist import UNBIASED, ColouredDigits, coloured, coloured_digits
@@ -171,7 +171,7 @@ class Given:
     def attack(self) -> PGD:
         """While training."""
         steps = self.arena.pgd_steps
-        return PGD(self.images.mean, self.images.std, steps, 1.25 / steps)
+        return PGD(self.images.mean, self.images.std, steps, training_step(steps))
 
     def mixing(self) -> Mixing:
         """AugMix's way to change an image."""

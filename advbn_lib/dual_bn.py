@@ -22,6 +22,9 @@ class DualBatchNorm(nn.Module):
     """Two BatchNorms, of which one is in use. The adversarial one begins as a copy of the clean one, running statistics included.
 
     Wraps any ``_BatchNorm`` (torch's, SyncBatchNorm, timm's ``BatchNormAct2d``). Choose with :func:`use_branch`.
+
+    What resets all BatchNorms and forwards the model once, such as ``torch.optim.swa_utils.update_bn``, leaves the set that is not
+    in use without statistics. Call it on :func:`single_branch` of the model.
     """
 
     def __init__(self, batch_norm: _BatchNorm):

@@ -120,7 +120,7 @@ class Trained:
     Attributes:
         history: of its losses. key: equal keys, equal weights.
         data: what it was trained on. weights: what it started from.
-        hardware, peak_memory_mib: of the training; the peak is that of the process.
+        hardware, versions, peak_memory_mib: of the training; the peak is that of the process.
         cost: of the training alone; its numbers are None for weights of before they were measured.
     """
 
@@ -130,6 +130,7 @@ class Trained:
     data: dict[str, Any]
     weights: dict[str, Any]
     hardware: dict[str, Any]
+    versions: dict[str, str]
     peak_memory_mib: float | None
     cost: TrainingCost
 
@@ -195,15 +196,17 @@ def train_method(job: Run, again: bool = False) -> Trained:
     final, parts = job.folder / "final.pt", {"model": method.model}
     if again or not final.exists() or read_checkpoint(final)["key"] != key:
         history, cost = _train(job, method, train_set, key)
-        machine = {**hardware(job.device), "precision": str(job.precision).removeprefix("torch.")}
-        done = {"history": dataclasses.asdict(history), "hardware": machine, "memory": peak_memory_mib(job.device)}
+        done = {"history": dataclasses.asdict(history), "hardware": _machine(job), "memory": peak_memory_mib(job.device)}
+        done["versions"] = versions()
         done["cost"] = dataclasses.asdict(cost)
         save_checkpoint(final, parts, done, key)
         _checkpoint(job, key).unlink(missing_ok=True)
     done = load_checkpoint(final, parts, key)
     data = {train_set.name: _describe(train_set)}
     cost = TrainingCost(**done["cost"]) if "cost" in done else TrainingCost(None, None)
-    return Trained(method, History(**done["history"]), key, data, weights, done["hardware"], done["memory"], cost)
+    return Trained(
+        method, History(**done["history"]), key, data, weights, done["hardware"], done.get("versions", versions()), done["memory"], cost
+    )  # fmt: skip
 
 
 def training_images(job: Run) -> ImageSet:
@@ -237,9 +240,17 @@ def _stands(job: Run, old: records.Record, described: dict[str, Any]) -> bool:
     if old.hardware.get("precision") != str(job.precision).removeprefix("torch."):
         return False
     before = _begins_with(job)
-    if before and not (_other(job, before).folder / "final.pt").exists():
+    if before and not _is_trained(_other(job, before)):
         return True
     return old.weights == start_network(job)[1]
+
+
+def _is_trained(job: Run) -> bool:
+    """Whether ``train_method`` would find its weights, and those that it starts from, and train nothing."""
+    before, final = _begins_with(job), job.folder / "final.pt"
+    if not final.exists() or (before and not _is_trained(_other(job, before))):
+        return False
+    return read_checkpoint(final)["key"] == _training_key(job, training_images(job), start_network(job)[1])
 
 
 def _test_elsewhere(
@@ -285,8 +296,8 @@ def _record(
             "peak_memory_mib": trained.peak_memory_mib,
             "training_memory_mib": trained.cost.memory_mib,
         },
-        hardware=trained.hardware,
-        versions=versions(),
+        hardware=trained.hardware if (machine := _machine(job)) == trained.hardware else {**trained.hardware, "test": machine},
+        versions=trained.versions if (now := versions()) == trained.versions else {**trained.versions, "test": now},
         code={"hash": job.code, **git_state()},
         data={**trained.data, **tested_on},
         weights=trained.weights,
@@ -380,6 +391,10 @@ def _other(job: Run, name: str) -> Run:
     """Another experiment at the same preset and seed; the preset decides for each by itself how long it trains."""
     experiment, size = find(name, job.preset_name)
     return dataclasses.replace(job, experiment=experiment, preset=size)
+
+
+def _machine(job: Run) -> dict[str, Any]:
+    return {**hardware(job.device), "precision": str(job.precision).removeprefix("torch.")}
 
 
 def _train(job: Run, method: Method, train_set: ImageSet, key: str) -> tuple[History, TrainingCost]:

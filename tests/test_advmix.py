@@ -25,6 +25,7 @@ from advbn_lib.methods.advmix import (
     Reconstruction,
     jensen_shannon,
 )
+from advbn_lib.methods.afa import AFA
 from advbn_lib.methods.baselines import PlainTraining
 from advbn_lib.methods.pgd_training import PGDTraining
 from advbn_lib.mixing import ColourDecoder, Encoded, MixingLoader
@@ -184,6 +185,9 @@ def test_methods_on_images_see_the_images_of_the_batch():
     assert linf(batch, labels).adversarial > plain(batch, labels).clean
     grey = OnImages(GreyTraining(model, MEAN, STD))
     assert torch.equal(grey.predict(batch.images), GreyTraining(model, MEAN, STD).predict(batch.images))
+    fused = AFA(network(), PGD(MEAN, STD, 2, 1.0)).eval()
+    assert torch.equal(OnImages(fused).predict(batch.images), fused.predict(batch.images, "fused"))
+    assert torch.equal(OnImages(fused).predict(batch.images, "clean"), fused.predict(batch.images, "clean"))
 
 
 @pytest.mark.parametrize("kind", MIXED.values(), ids=MIXED)

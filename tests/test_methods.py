@@ -180,6 +180,40 @@ def test_the_layers_below_the_cut_stay_frozen(method_type):
 
 
 @pytest.mark.parametrize("method_type", [*PERTURBING, CleanFineTuning])
+def test_a_prediction_in_train_mode_leaves_the_frozen_layers_alone(method_type):
+    method = method_type(used_before(tiny_network()), "layer1").train()
+    before = copy_of_state(method.model)
+    method.predict(batch()[0])
+    changed = differing(before, copy_of_state(method.model))
+    assert changed and not [name for name in changed if below_the_cut(name)]
+    method.eval()
+    assert not any(module.training for module in method.modules())
+    method.train()
+    layers = {name: m for name, m in method.model.named_modules() if not list(m.children())}  # blocks have nothing of their own
+    assert all(layer.training != below_the_cut(name) for name, layer in layers.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_in_half_precision_are_refused_with_what_to_do(dtype):
+    with pytest.raises(ValueError, match="train inside torch.autocast"):
+        AdvBN(tiny_network().to(dtype))
+
+
+def test_what_is_not_trained_is_frozen_on_demand_and_then_processes_can_share_the_gradients(tmp_path):
+    method = AdvBN(tiny_network())
+    method.freeze_the_rest()
+    on = {id(p) for p in method.model.parameters() if p.requires_grad}
+    assert on == {id(p) for p in method.trainable_parameters()}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(method)
+        for _ in range(3):  # the second step is the one that would wait for ever
+            parallel(*batch()).total.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method_type", [*PERTURBING, CleanFineTuning])
 def test_the_optimiser_gets_the_parameters_above_the_cut(method_type):
     method = method_type(tiny_network(), "layer1")
     above = {id(p) for name, p in method.model.named_parameters() if not below_the_cut(name)}

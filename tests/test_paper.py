@@ -753,6 +753,11 @@ def test_a_plain_network_is_tested_through_its_one_branch(shifted, tmp_path, alo
     assert set(record.metrics["shift"]) == {"clean", "released"}
     assert record.metrics["shift"]["released"] == record.metrics["shift"]["clean"]
     assert load_trained("none", SMALL.network).experiment == "paper_untouched"
+    other = evaluate_paper(
+        a_test({"imagenet_sketch": shifted["imagenet_sketch"]}, tmp_path), load_trained(str(path), SMALL.network, 40), alone
+    )  # fmt: skip
+    assert other.key != record.key and other.config["crop"] == 40
+    assert len(list((tmp_path / "runs").rglob("test-*.json"))) == 2, "what is counted at one crop is not taken for another"
 
 
 def test_another_layout_stops_before_anything_is_tested(two_branches, shifted, tmp_path, alone, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, command_line, differing, tiny_images
 
-from advbn_lib import records, running
+from advbn_lib import provenance, records, running
 from advbn_lib.__main__ import main
 from advbn_lib.checkpoints import CheckpointError, read_checkpoint, save_checkpoint
 from advbn_lib.confusion import accuracy_of, balanced_accuracy_of, commonest_answer_of, confusion
@@ -269,6 +269,27 @@ def test_a_record_stands_where_the_weights_that_it_starts_from_are_gone(small, t
     shutil.rmtree(small("advbn").runs_folder)
     trainings.clear()
     assert running.run(small("advbn")) == first and trainings == []
+
+
+def test_a_record_stands_where_the_weights_that_it_starts_from_are_of_other_code(small, trainings, monkeypatch):
+    first = running.run(small("advbn"))
+    trainings.clear()
+    monkeypatch.setattr(running, "TRAINING_CODE", (*running.TRAINING_CODE, "advbn_lib.plan"))
+    monkeypatch.setattr(running.same_numbers, "today", lambda code_hash: small("advbn").code)
+    assert running.run(small("advbn")) == first and trainings == []
+
+
+def test_a_test_on_another_machine_or_with_other_versions_is_told_from_the_training(small, monkeypatch):
+    running.train_method(small("pretrain"))
+    old = running.versions()
+    monkeypatch.setattr(running, "versions", lambda: {**old, "torch": "99.0"})
+    monkeypatch.setattr(running, "hardware", lambda device: {**provenance.hardware(device), "cpu": "another"})
+    record = running.run(small("pretrain"))
+    assert record.versions == {**old, "test": {**old, "torch": "99.0"}}
+    assert record.hardware["cpu"] != "another" == record.hardware["test"]["cpu"]
+    monkeypatch.undo()
+    record = running.run(small("pretrain"), again=True)
+    assert "test" not in record.versions and "test" not in record.hardware
 
 
 @pytest.mark.parametrize("name", ["mps", "meta"])

@@ -170,8 +170,9 @@ class OnImages(Method):
     def trainable_parameters(self) -> list[nn.Parameter]:
         return self.method.trainable_parameters()
 
-    def predict(self, images: Tensor, branch: Branch = "clean") -> Tensor:
-        return self.method.predict(images, branch)
+    def predict(self, images: Tensor, branch: Branch | None = None) -> Tensor:
+        """Logits (N,K); without ``branch``, as the method itself chooses."""
+        return self.method.predict(images) if branch is None else self.method.predict(images, branch)
 
     @property
     def branches(self) -> tuple[Branch, ...]:

@@ -94,6 +94,11 @@ class Site:
             yield reinject(clean, point, axes) if digit == "1" else point
 
 
+def even_weight(points: int) -> float:
+    """Of the loss at each point after the clean one, if half of the whole is for the clean images and the points share the rest."""
+    return 0.5 / (points - 1)
+
+
 def interpolate(clean: Tensor, adversarial: Tensor, points: int) -> Tensor:
     """``points`` features (points,N,...) in equal steps from ``clean`` to ``adversarial``, both included."""
     share = torch.linspace(0, 1, points, device=clean.device, dtype=clean.dtype)

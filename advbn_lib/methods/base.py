@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,12 @@ class Method(nn.Module):
         """What the optimiser updates."""
         return list(self.model.parameters())
 
+    def freeze_the_rest(self) -> None:
+        """Turn off the gradients of what is not trained. ``DistributedDataParallel`` needs it: it waits for those that are on."""
+        trained = {id(parameter) for parameter in self.trainable_parameters()}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+
     def predict(self, images: Tensor, branch: Branch = "clean") -> Tensor:
         """Logits (N,K) through one BatchNorm set, in whatever mode the model is."""
         with use_branch(self.model, branch):
@@ -54,11 +61,25 @@ class Method(nn.Module):
 
 
 class AboveTheCut(Method):
-    """Trains the layers above ``layer`` only. The ones below are frozen: no gradient, and always in eval mode."""
+    """Trains the layers above ``layer`` only. The ones below are frozen: no gradient, and in eval mode, also after ``train()``.
+
+    Raises:
+        ValueError: the weights are in half precision.
+    """
 
     def __init__(self, model: nn.Module, layer: str, example: Tensor | None = None):
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
+            raise ValueError("the weights are in half precision: keep them in float32, and train inside torch.autocast")
         super().__init__(model)
         self.split = split_at(model, layer, example)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        above, modules = set(self.split.tail_modules), dict(self.model.named_modules())
+        for name in self.split.features_modules:
+            if name in modules and name not in above:
+                modules[name].eval()
+        return self
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ three columns.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -83,7 +84,8 @@ def load_trained(weights: str, network: str = "resnet50", crop: int = 224) -> Tr
     papers = (network, str(weights), crop) == (PaperRecipe.network, PAPERS_WEIGHTS, PaperRecipe.crop)
     preset = "paper" if papers else "trial"
     config = {"network": network, "crop": crop}
-    return Trained(PlainTraining(model), kind, preset, 0, about["sha256"], crop, config, about)
+    key = hashlib.sha256(json.dumps([about["sha256"], config], sort_keys=True).encode()).hexdigest()
+    return Trained(PlainTraining(model), kind, preset, 0, key, crop, config, about)
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -96,9 +96,7 @@ class PaperRecipe:
             SplitError: the network has no such layer, or cannot be cut there.
         """
         method = self._method(model)
-        trained = {id(parameter) for parameter in method.trainable_parameters()}
-        for parameter in model.parameters():  # else processes would wait for gradients that never come
-            parameter.requires_grad_(id(parameter) in trained)
+        method.freeze_the_rest()  # else processes would wait for gradients that never come
         return method
 
     def _method(self, model: nn.Module) -> Method:

@@ -52,7 +52,8 @@ def evaluate_paper(test: PaperTest, trained: Trained, processes: Processes) -> r
     if not parts:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in not_tested.items())
         raise DataError(f"nothing to test on: {reasons}; name a folder, such as --data for ImageNet itself")
-    state_file = test.runs_folder / trained.experiment / f"s{trained.seed}" / f"test-{trained.key[:12]}.json"
+    # Counts of other weights, at another crop or by other code are in other files.
+    state_file = test.runs_folder / trained.experiment / f"s{trained.seed}" / f"test-{trained.key[:12]}-{code_hash(USED)[:8]}.json"
     counted = count_all(
         trained, [part for members in parts.values() for part in members], processes, state_file,
         batch_size=test.batch_size, workers=test.workers, partial=test.partial, show_progress=test.show_progress,
