@@ -296,8 +296,8 @@ def _record(
             "peak_memory_mib": trained.peak_memory_mib,
             "training_memory_mib": trained.cost.memory_mib,
         },
-        hardware=trained.hardware if (machine := _machine(job)) == trained.hardware else {**trained.hardware, "test": machine},
-        versions=trained.versions if (now := versions()) == trained.versions else {**trained.versions, "test": now},
+        hardware=_of_both(trained.hardware, _machine(job)),
+        versions=_of_both(trained.versions, versions()),
         code={"hash": job.code, **git_state()},
         data={**trained.data, **tested_on},
         weights=trained.weights,
@@ -391,6 +391,11 @@ def _other(job: Run, name: str) -> Run:
     """Another experiment at the same preset and seed; the preset decides for each by itself how long it trains."""
     experiment, size = find(name, job.preset_name)
     return dataclasses.replace(job, experiment=experiment, preset=size)
+
+
+def _of_both(training: dict[str, Any], test: dict[str, Any]) -> dict[str, Any]:
+    """What the training ran on, and as ``"test"`` what the test did, if that was something else."""
+    return training if test == training else {**training, "test": test}
 
 
 def _machine(job: Run) -> dict[str, Any]:
