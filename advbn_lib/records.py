@@ -43,7 +43,7 @@ class Record:
             severities, ``mean`` those over families of shifts.
         curves: lists over epochs.
         cost: ``train_seconds``, ``wall_seconds``, ``peak_memory_mib``, ...
-        hardware, versions: of the machine and the software.
+        hardware, versions: of the machine and the software; ``test`` in them, if the test ran elsewhere than the training.
         code: ``hash`` of the sources used, git ``commit`` and whether the tree was ``dirty``.
         data, weights: checksums.
         created: date, UTC.
