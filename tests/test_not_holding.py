@@ -35,16 +35,16 @@ def claim(
 
 @pytest.fixture
 def ledger(source):  # noqa: F811
-    """A claim for each verdict: advbn has 0.701, 0.712, 0.735 and clean_finetuning 0.65, 0.645, 0.66."""
+    """A claim for each verdict: advbn has 0.701, 0.712, 0.735, clean_finetuning 0.65, 0.645, 0.66."""
     for seed, accuracy in enumerate((0.70, 0.64, 0.67)):
-        records.write(record("mixed", seed, accuracy), source / "records")
+        records.write(record("afan", seed, accuracy), source / "records")
     listing(source)
     entries = [
         claim("holding", "advbn", "clean_finetuning"),
-        claim("undecided", "mixed", "clean_finetuning", paper="A-FAN"),
+        claim("undecided", "afan", "clean_finetuning", paper="A-FAN"),
         claim("failing", "clean_finetuning", "advbn", presets=("cpu", "gpu")),
         claim("alone", "advbn", None, above=0.9),
-        claim("waiting", "nothing", "advbn", paper="AFA"),
+        claim("waiting", "afa", "advbn", paper="AFA"),
     ]
     source.joinpath("book").mkdir()
     source.joinpath("book", "claims.yml").write_text(yaml.safe_dump(entries))
