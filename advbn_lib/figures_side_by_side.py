@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import cycle
 from statistics import fmean
 
@@ -25,6 +25,7 @@ MAP = matplotlib.colormaps[
 ]  # for the colour-blind as for others, and its lightness rises evenly: it prints in grey
 LABELS = 1.75  # inches, for the names of the methods
 RANK_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # one for each column
+DISK = 15  # points: a number in the figure of gain over cost
 NARROWEST = 0.42  # inches: a cell that "100.0" fits into
 
 
@@ -217,7 +218,8 @@ Points = Mapping[str, tuple[Estimate, Estimate]]  # method to its cost, as a rat
 def gain_and_cost(points: Points, *, xlabel: str, ylabel: str, title: str = "") -> Figure:
     """Gain (percentage points, with its 95 % interval) over cost; each method has a number, and the legend its name.
 
-    Costs are drawn by their mean, on a scale that doubles at equal steps.
+    Costs are drawn by their mean, on a scale that doubles at equal steps, or an even one where no cost is twice another. Where
+    numbers would lie on one another, they stand beside, and a line leads to the point.
 
     Raises:
         ValueError: no method, or a cost that is not above 0.
@@ -227,15 +229,17 @@ def gain_and_cost(points: Points, *, xlabel: str, ylabel: str, title: str = "") 
     with _style():
         figure, axes = _new(1, 1, 3.9 + 0.2 * math.ceil(len(points) / 3))
         ax = axes[0, 0]
-        for number, (colour, (name, (cost, gain))) in enumerate(zip(cycle(COLOURS), points.items()), start=1):
-            _numbered(ax, number, cost.mean, gain, colour, f"{number}  {name}")
+        drawn = list(zip(cycle(COLOURS), points.items()))
+        for number, (colour, (name, (cost, gain))) in enumerate(drawn, start=1):
+            _point(ax, cost.mean, gain, colour, f"{number}  {name}")
         ax.axhline(0, color="0.35", linestyle="--", linewidth=1.2)
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
-        ax.set_xlim(*_whole_doublings(cost.mean for cost, _ in points.values()))
+        _scale_of_costs(ax, [cost.mean for cost, _ in points.values()])
         ax.margins(y=0.1)
         _label(ax, xlabel, ylabel, title)
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=0.8)
+        _legend_below(figure)
+        places = [(cost.mean, 100 * gain.mean) for cost, gain in points.values()]
+        for number, (place, beside) in enumerate(zip(places, _side_by_side(ax, places)), start=1):
+            _numbered(ax, number, place, beside, drawn[number - 1][0])
     return figure
 
 
@@ -246,18 +250,54 @@ def describe_gain_and_cost(points: Points) -> str:
     return f"Gain of {len(points)} methods over their cost. {told}."
 
 
-def _whole_doublings(costs: Iterable[float]) -> tuple[float, float]:
-    """Limits with two powers of two or more within them, so that the axis has ticks, and a little room beside."""
-    logs = [math.log2(cost) for cost in costs]
-    low, high = math.floor(min(logs)), math.ceil(max(logs))
-    return 2 ** (low - 0.2), 2 ** (max(high, low + 1) + 0.2)
+def _scale_of_costs(ax: Axes, costs: Sequence[float]) -> None:
+    """An axis with two ticks or more and a little room beside: whole doublings, or an even scale of what is nearly the same."""
+    low, high = min(costs), max(costs)
+    if high < 2 * low:
+        room = max(0.15 * (high - low), 0.05 * high)
+        ax.set_xlim(low - room, high + room)
+        return
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
+    ax.set_xlim(2 ** (math.floor(math.log2(low)) - 0.2), 2 ** (math.ceil(math.log2(high)) + 0.2))
 
 
-def _numbered(ax: Axes, number: int, x: float, gain: Estimate, colour, label: str) -> None:
-    """A white disk with a number and a coloured edge, and the interval if there is one."""
+def _point(ax: Axes, x: float, gain: Estimate, colour, label: str) -> None:
+    """A dot, the interval if there is one, and an entry of the legend."""
     if not math.isnan(gain.low):
         ax.plot([x, x], [100 * gain.low, 100 * gain.high], color=colour, linewidth=2, zorder=2)
-    look = {"markersize": 15, "markerfacecolor": "white", "markeredgecolor": colour, "markeredgewidth": 1.8}
-    ax.plot(x, 100 * gain.mean, marker="o", linestyle="none", zorder=3, **look)
+    ax.plot(x, 100 * gain.mean, marker="o", linestyle="none", color=colour, markersize=5, zorder=2)
     ax.plot([], [], marker="o", linestyle="none", color=colour, markersize=7, label=label)
-    ax.text(x, 100 * gain.mean, str(number), ha="center", va="center", fontsize=9, zorder=4)
+
+
+def _legend_below(figure: Figure) -> None:
+    """The legend, in as many columns, three at most, as the figure is wide; when this returns, the layout is decided."""
+    for columns in (3, 2, 1):
+        spaces = {"handlelength": 0.8, "handletextpad": 0.4, "columnspacing": 0.8}
+        legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False, **spaces)
+        figure.draw_without_rendering()
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
+
+
+def _side_by_side(ax: Axes, places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Where disks of ``DISK`` points go so that none lies on another: at their places, or as little to a side as will do."""
+    least = (DISK + 3) * ax.figure.dpi / 72  # pixels between two centres
+    taken: list[tuple[float, float]] = []
+    for x, y in ax.transData.transform(places):
+        for step in range(4 * len(places)):
+            beside = x + (-1) ** step * math.ceil(step / 2) * least / 2, y
+            if all(math.dist(beside, other) >= least for other in taken):
+                break
+        taken.append(beside)
+    return [tuple(place) for place in ax.transData.inverted().transform(taken)]
+
+
+def _numbered(ax: Axes, number: int, place: tuple[float, float], beside: tuple[float, float], colour) -> None:
+    """A white disk with a number and a coloured edge, and a line to its place if it stands beside it."""
+    if not math.isclose(place[0], beside[0]):
+        ax.plot(*zip(place, beside), color=colour, linewidth=1, zorder=2.5)
+    look = {"markersize": DISK, "markerfacecolor": "white", "markeredgecolor": colour, "markeredgewidth": 1.8}
+    ax.plot(*beside, marker="o", linestyle="none", zorder=3, clip_on=False, **look)
+    ax.text(*beside, str(number), ha="center", va="center", fontsize=9, zorder=4)

@@ -138,7 +138,7 @@ def test_gain_over_cost_is_numbered_and_has_intervals():
     points = {"AdvBN": (value(3.3), value(0.02)), "AugMix": (value(18.6), value(-0.03)), "once": (value(1.0), ONE_SEED)}
     [ax] = gain_and_cost(points, xlabel="cost", ylabel="points").axes
     assert [text.get_text() for text in ax.texts] == ["1", "2", "3"]
-    assert [text.get_position() for text in ax.texts] == [(3.3, 2.0), (18.6, -3.0), (1.0, 50.0)]
+    assert np.allclose([text.get_position() for text in ax.texts], [(3.3, 2.0), (18.6, -3.0), (1.0, 50.0)])
     bars = [line.get_ydata() for line in ax.lines if len(line.get_ydata()) == 2 and line.get_linestyle() == "-"]
     assert np.allclose(bars, [[1, 3], [-4, -2]])
     assert describe_gain_and_cost(points).startswith(
@@ -147,6 +147,37 @@ def test_gain_over_cost_is_numbered_and_has_intervals():
     for bad in ({}, {"free": (value(0.0), value(0.1))}):
         with pytest.raises(ValueError, match="above 0"):
             gain_and_cost(bad, xlabel="", ylabel="")
+
+
+def test_numbers_of_equal_methods_stand_beside_one_another_and_lead_to_their_points():
+    names = [f"AdvBN + AugMix, adv. {number}" for number in range(6)]  # as long as the arenas have them
+    points = {name: (value(1.0), value(0.1)) for name in names} | {"alone": (value(1.5), value(0.1))}
+    figure = gain_and_cost(points, xlabel="cost", ylabel="points")
+    [ax], [legend] = figure.axes, figure.legends
+    figure.draw_without_rendering()
+    centres = ax.transData.transform([text.get_position() for text in ax.texts])
+    apart = [np.hypot(*(one - other)) for place, one in enumerate(centres) for other in centres[:place]]
+    assert min(apart) > 15 * figure.dpi / 72, "a disk is 15 points wide"
+    assert ax.texts[0].get_position() == pytest.approx((1.0, 10)) and ax.texts[-1].get_position() == pytest.approx(
+        (1.5, 10)
+    )
+    leads = [line for line in ax.lines if line.get_linewidth() == 1]
+    assert len(leads) == 5, "all but the first of the equal ones"
+    for lead, text in zip(leads, ax.texts[1:], strict=False):
+        assert lead.get_xydata()[0] == pytest.approx((1.0, 10)) and lead.get_xydata()[1] == pytest.approx(
+            text.get_position()
+        )
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, "the legend is whole"
+
+
+def test_costs_that_are_nearly_the_same_have_an_even_scale_of_their_own():
+    scales = {}
+    for costs in ((0.8, 1.0), (0.5, 1.0)):
+        points = {str(cost): (value(cost), value(0.1)) for cost in costs}
+        [ax] = gain_and_cost(points, xlabel="cost", ylabel="points").axes
+        scales[ax.get_xscale()] = ax.get_xlim()
+    assert scales["linear"] == pytest.approx((0.75, 1.05)) and scales["log"] == pytest.approx((2**-1.2, 2**0.2))
 
 
 @pytest.mark.parametrize("costs", [(2.5, 3.3), (2.0, 2.0), (0.7, 40.0)])
